@@ -1,0 +1,58 @@
+"""Retrieved documents become memory tokens that the LLM reads in place of the text.
+
+The public names below load on first use, so that `import pic_rag` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_ROOMS = {
+    "Compressor": "compressor",
+    "Document": "documents",
+    "Generation": "generator",
+    "Generator": "generator",
+    "Memory": "memory",
+    "MemoryCache": "store",
+    "MemoryFormatError": "memory",
+    "MemoryStore": "store",
+    "PicConfig": "config",
+    "PicRag": "rag",
+    "Retriever": "retriever",
+    "SQLiteStore": "store",
+    "ShardStore": "store",
+    "StoreError": "store",
+    "UnknownHandleError": "handles",
+    "escape_handles": "handles",
+    "find_handles": "handles",
+    "load_documents": "documents",
+    "restore": "assembler",
+    "unescape_handles": "handles",
+}
+
+__all__ = sorted(_ROOMS)
+
+if TYPE_CHECKING:
+    from pic_rag.assembler import restore
+    from pic_rag.compressor import Compressor
+    from pic_rag.config import PicConfig
+    from pic_rag.documents import Document, load_documents
+    from pic_rag.generator import Generation, Generator
+    from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, unescape_handles
+    from pic_rag.memory import Memory, MemoryFormatError
+    from pic_rag.rag import PicRag
+    from pic_rag.retriever import Retriever
+    from pic_rag.store import MemoryCache, MemoryStore, ShardStore, SQLiteStore, StoreError
+
+
+def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute may be anything
+    if name not in _ROOMS:
+        raise AttributeError(f"module 'pic_rag' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"pic_rag.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

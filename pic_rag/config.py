@@ -1,0 +1,116 @@
+"""What a PIC compressor is, apart from its weights. Standard library only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+TextScope = Literal["segment", "chunk"]
+MemoryScope = Literal["chunk", "chunk+past", "segment"]
+SlotPositions = Literal["spread", "append"]
+GeneratorPositions = Literal["contiguous", "spread"]
+
+PRESETS: dict[str, dict[str, str]] = {
+    "pic": {"text_scope": "segment", "memory_scope": "chunk+past", "positions": "spread"},
+    "local": {"text_scope": "chunk", "memory_scope": "chunk", "positions": "spread"},
+    "global": {"text_scope": "segment", "memory_scope": "segment", "positions": "append"},
+}
+
+
+def _field(default: Any, help: str) -> Any:  # noqa: ANN401 - a dataclass field of any type
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class PicConfig:
+    """The settings of a compressor; all of them are part of its fingerprint.
+
+    Raises:
+        ValueError: when a field breaks its rule; the message names the field, the rule and the value.
+    """
+
+    ratio: int = _field(4, "text tokens per memory token when the caller names no ratio")
+    ratios: tuple[int, ...] = _field((4, 8, 16, 32, 64), "ratios the compressor serves, in text tokens per memory token")
+    slots_per_chunk: int = _field(4, "slots in a full chunk; chunk_tokens = slots_per_chunk * ratio")
+    segment_tokens: int = _field(512, "text tokens in one encoder sequence, at most")
+    text_scope: TextScope = _field("segment", "what text attends to: earlier text of its segment, or of its chunk")
+    memory_scope: MemoryScope = _field("chunk+past", "what a slot attends to besides itself and its chunk")
+    positions: SlotPositions = _field("spread", "slots sit inside their chunk's positions, or after the segment")
+    generator_positions: GeneratorPositions = _field("contiguous", "positions of memory tokens in the generator")
+    residual_pool: bool = _field(True, "add the mean of the generator's token embeddings over the slot's span")
+    encoder_layers: int | None = _field(None, "layers of the base model the encoder keeps, from the first; None: all")
+    lora_rank: int = _field(32, "rank of the LoRA on every linear layer of the encoder; 0: none")
+    lora_alpha: int = _field(32, "LoRA scale is lora_alpha / lora_rank")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ratios", tuple(sorted(self.ratios)))
+        for name in ("ratio", "slots_per_chunk", "segment_tokens", "lora_alpha"):
+            _require_positive(name, getattr(self, name))
+        for ratio in self.ratios:
+            _require_positive("ratios", ratio)
+            if self.segment_tokens % ratio:
+                raise ValueError(
+                    f"segment_tokens must be a multiple of every ratio, got segment_tokens={self.segment_tokens} "
+                    f"and ratio={ratio}."
+                )
+        if self.encoder_layers is not None:
+            _require_positive("encoder_layers", self.encoder_layers)
+        if self.lora_rank < 0:
+            raise ValueError(f"lora_rank must be 0 or more, got {self.lora_rank}.")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
+        self.check_ratio(self.ratio)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> PicConfig:  # noqa: ANN401 - any field of the config
+        """The configuration called `pic`, `local` or `global`, with any field overridden."""
+        if name not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}.")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> PicConfig:
+        """Build from `to_dict()`'s form; an unknown key raises ValueError and names the known ones."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"Unknown PicConfig field {unknown[0]!r}. Known fields: {', '.join(sorted(known))}.")
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return {**dataclasses.asdict(self), "ratios": list(self.ratios)}
+
+    def check_ratio(self, ratio: int | None) -> int:
+        """The ratio to use: the given one if this compressor serves it, the default when None.
+
+        Raises:
+            ValueError: when the compressor does not serve that ratio.
+        """
+        if ratio is None:
+            return self.ratio
+        if isinstance(ratio, bool) or ratio not in self.ratios:
+            served = ", ".join(map(str, self.ratios))
+            raise ValueError(f"ratio must be one of {served} (the ratios this compressor serves), got {ratio!r}.")
+        return ratio
+
+    @property
+    def foldable(self) -> bool:
+        """Whether chunks are independent of each other, so that they can be folded into the batch."""
+        return self.text_scope == "chunk" and self.memory_scope == "chunk"
+
+
+_CHOICES = {
+    "text_scope": get_args(TextScope),
+    "memory_scope": get_args(MemoryScope),
+    "positions": get_args(SlotPositions),
+    "generator_positions": get_args(GeneratorPositions),
+}
+
+
+def _require_positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a positive whole number, got {value!r}.")

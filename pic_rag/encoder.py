@@ -1,0 +1,155 @@
+"""The encoder: the first layers of a causal LM with LoRA, one slot embedding, and a converter to the generator's width.
+
+Only this room knows of LoRA. It receives a `Layout` and returns one vector a slot; it knows neither strings nor files.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from transformers import PreTrainedModel
+
+from pic_rag.config import PicConfig
+from pic_rag.layout import Layout
+from pic_rag.mask import dense_mask, flex_mask
+
+
+class Converter(nn.Module):
+    """RMSNorm, Linear, GELU, Linear: `(slots, encoder_hidden)` to `(slots, generator_hidden)`.
+
+    The last layer starts at zero, so that an untrained encoder with `residual_pool` is a mean pooler.
+    """
+
+    def __init__(self, encoder_hidden: int, generator_hidden: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(encoder_hidden)
+        self.up = nn.Linear(encoder_hidden, generator_hidden)
+        self.down = nn.Linear(generator_hidden, generator_hidden)
+        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.down.bias)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Convert `(slots, encoder_hidden)` to `(slots, generator_hidden)`."""
+        return self.down(nn.functional.gelu(self.up(self.norm(hidden))))
+
+
+class PicEncoder(nn.Module):
+    """Turns a layout's slots into memory tokens.
+
+    Args:
+        base: a causal LM; its decoder is copied, cut to `config.encoder_layers` layers and frozen.
+        config: the PIC settings.
+        generator_embeddings: input embeddings of the generator, frozen and not part of this module's state.
+    """
+
+    def __init__(self, base: PreTrainedModel, config: PicConfig, generator_embeddings: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.decoder = _cut_decoder(base, config)
+        self._generator_embeddings = (generator_embeddings,)  # a tuple hides it from state_dict
+        weight = self.decoder.get_input_embeddings().weight
+        hidden, self.hidden = weight.shape[1], int(generator_embeddings.weight.shape[1])
+        scale = weight.detach().float().std().item()
+        generator = torch.Generator().manual_seed(0)
+        self.slot_embedding = nn.Parameter((torch.randn(hidden, generator=generator) * scale).to(weight.device))
+        self.converter = Converter(hidden, self.hidden).to(weight.device)
+        if config.lora_rank:
+            _add_lora(self.decoder, config)
+
+    def forward(self, layout: Layout) -> torch.Tensor:
+        """`(slots, generator_hidden)` memory tokens of a layout, in the dtype of the base model."""
+        embeddings = self.decoder.get_input_embeddings()
+        text = embeddings(layout.token_ids)  # (rows, places, encoder_hidden)
+        slot = self._slot_row(embeddings).to(text.dtype)
+        hidden = self.decoder(
+            inputs_embeds=torch.where(layout.is_slot[..., None], slot, text),
+            position_ids=layout.position_ids,
+            attention_mask=self._mask(layout, text.dtype),
+            use_cache=False,
+        ).last_hidden_state
+        slots = hidden[layout.slot_row, layout.slot_place]  # (slots, encoder_hidden)
+        memory = self.converter(slots.to(self.converter.up.weight.dtype))
+        if self.config.residual_pool:
+            memory = memory + self._pool(layout)
+        return memory.to(text.dtype)
+
+    def trained_state(self) -> dict[str, torch.Tensor]:
+        """What training changes, and a checkpoint holds: LoRA, slot embedding, converter."""
+        return {name: tensor for name, tensor in self.state_dict().items() if _is_trained(name)}
+
+    def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Load `trained_state()`'s tensors.
+
+        Raises:
+            ValueError: when a tensor is missing, unknown or of another shape.
+        """
+        own = self.trained_state()
+        for name in sorted(own.keys() | state.keys()):
+            got, expected = _shape(state, name), _shape(own, name)
+            if got != expected:
+                raise ValueError(
+                    f"Checkpoint tensor {name!r} must have the shape {expected}, got {got}. "
+                    "The weights and the configuration beside them are not of one compressor: fetch it again."
+                )
+        self.load_state_dict(state, strict=False)
+
+    def merge_lora(self) -> None:
+        """Add the LoRA into the base weights, for inference; `trained_state` stays as it was."""
+        for module in self.decoder.modules():
+            if isinstance(module, BaseTunerLayer):
+                module.merge()
+
+    def _mask(self, layout: Layout, dtype: torch.dtype) -> object:
+        scopes = {"text_scope": self.config.text_scope, "memory_scope": self.config.memory_scope}
+        if self.decoder.config._attn_implementation == "flex_attention":
+            return flex_mask(layout.places, **scopes)
+        return dense_mask(layout.places, dtype, **scopes)
+
+    def _slot_row(self, embeddings: nn.Module) -> torch.Tensor:
+        """The slot embedding at the scale the model's own embedding module gives its rows (Gemma multiplies them)."""
+        return self.slot_embedding * getattr(embeddings, "embed_scale", 1.0)
+
+    def _pool(self, layout: Layout) -> torch.Tensor:
+        """`(slots, generator_hidden)` float32 mean of the generator's embeddings of each slot's span."""
+        spans = self._generator_embeddings[0](layout.span_ids.clamp(min=0))  # (slots, span, generator_hidden)
+        inside = (layout.span_ids >= 0)[..., None]
+        return (spans.float() * inside).sum(1) / inside.sum(1)
+
+
+def _cut_decoder(base: PreTrainedModel, config: PicConfig) -> PreTrainedModel:
+    decoder = base.get_decoder()
+    layers = decoder.layers
+    keep = config.encoder_layers or len(layers)
+    if keep > len(layers):
+        raise ValueError(f"encoder_layers must be at most {len(layers)} (the base model's layers), got {keep}.")
+    decoder.layers = layers[:keep]
+    try:
+        cut = copy.deepcopy(decoder)
+    finally:
+        decoder.layers = layers
+    cut.config = copy.deepcopy(cut.config)
+    cut.config.num_hidden_layers = keep
+    return cut.requires_grad_(False)
+
+
+def _add_lora(decoder: PreTrainedModel, config: PicConfig) -> None:
+    linear = [name for name, module in decoder.layers.named_modules() if isinstance(module, nn.Linear)]
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=sorted({name.rpartition(".")[2] for name in linear}),
+        lora_dropout=0.0,
+    )
+    inject_adapter_in_model(lora, decoder)
+
+
+def _is_trained(name: str) -> bool:
+    return "lora_" in name or not name.startswith("decoder.")
+
+
+def _shape(state: dict[str, torch.Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(state[name].shape) if name in state else None

@@ -1,0 +1,110 @@
+"""Segments side by side in the rows of a batch: token ids, positions, and what the PIC rule needs to know."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+
+from pic_rag.chunking import Segment
+from pic_rag.mask import Places
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """A batch of encoder rows; the shapes' names are those of `pic_rag.mask`.
+
+    Attributes:
+        token_ids: `(rows, places)` int64, 0 where there is no text.
+        position_ids: `(rows, places)` int64.
+        segment: `(rows, places)` int64, see `Places`.
+        chunk: `(rows, places)` int64.
+        is_slot: `(rows, places)` bool.
+        slot_row: `(slots,)` the row of each slot, slots in the order of the segments given.
+        slot_place: `(slots,)` its place in that row.
+        span_ids: `(slots, span)` token ids of the text a slot stands for, -1 after a short span's end.
+    """
+
+    token_ids: torch.Tensor
+    position_ids: torch.Tensor
+    segment: torch.Tensor
+    chunk: torch.Tensor
+    is_slot: torch.Tensor
+    slot_row: torch.Tensor
+    slot_place: torch.Tensor
+    span_ids: torch.Tensor
+
+    @property
+    def places(self) -> Places:
+        """The fields the PIC rule reads."""
+        return Places(self.segment, self.chunk, self.is_slot)
+
+    def to(self, device: torch.device | str) -> Layout:
+        """The same layout on another device; the copy does not wait for it."""
+        return Layout(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+
+def pack(lengths: Sequence[int], row_places: int) -> list[tuple[int, int]]:
+    """The (row, first place) of each length, longest first into the first row with room for it.
+
+    >>> pack([3, 5, 2], row_places=5)
+    [(1, 0), (0, 0), (1, 3)]
+    """
+    used: list[int] = []
+    spots = [(0, 0)] * len(lengths)
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        length = lengths[number]
+        row = next((row for row, taken in enumerate(used) if taken + length <= row_places), len(used))
+        if row == len(used):
+            used.append(0)
+        spots[number] = (row, used[row])
+        used[row] += length
+    return spots
+
+
+def build_layout(segments: Sequence[Segment], *, positions: str, row_places: int = 0) -> Layout:
+    """Lay segments out in rows: each one's text, then its slots.
+
+    Args:
+        segments: at least one.
+        positions: "spread" puts a slot at the position of its span's last token, "append" after the text.
+        row_places: room in a row; short segments share a row. Rows are as long as the longest segment at least.
+    """
+    longest = max(segment.places for segment in segments)
+    spots = pack([segment.places for segment in segments], max(row_places, longest))
+    rows = 1 + max(row for row, _ in spots)
+    width = max(first + segment.places for segment, (_, first) in zip(segments, spots, strict=True))
+    token_ids, position_ids, chunk = np.zeros((3, rows, width), dtype=np.int64)
+    owner = np.broadcast_to(-1 - np.arange(width), (rows, width)).copy()
+    is_slot = np.zeros((rows, width), dtype=bool)
+    for number, (segment, (row, first)) in enumerate(zip(segments, spots, strict=True)):
+        text = slice(first, first + len(segment.token_ids))
+        slots = slice(text.stop, first + segment.places)
+        count = len(segment.token_ids)
+        token_ids[row, text] = segment.token_ids
+        position_ids[row, text] = segment.offset + np.arange(count)
+        spread = segment.stop - 1 if positions == "spread" else count + np.arange(len(segment.chunk))
+        position_ids[row, slots] = segment.offset + spread
+        chunk[row, text] = np.arange(count) // segment.chunk_tokens
+        chunk[row, slots] = segment.chunk
+        owner[row, first : slots.stop] = number
+        is_slot[row, slots] = True
+    arrays = (token_ids, position_ids, owner, chunk, is_slot, *_slot_arrays(segments, spots))
+    return Layout(*(torch.from_numpy(array) for array in arrays))
+
+
+def _slot_arrays(
+    segments: Sequence[Segment], spots: Sequence[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    span = max(1, max(int((segment.stop - segment.start).max(initial=1)) for segment in segments))
+    rows, places, spans = [], [], []
+    for segment, (row, first) in zip(segments, spots, strict=True):
+        slots = len(segment.chunk)
+        rows.append(np.full(slots, row))
+        places.append(first + len(segment.token_ids) + np.arange(slots))
+        reach = segment.start[:, None] + np.arange(span)
+        padded = np.concatenate([segment.token_ids, np.zeros(span, dtype=np.int64)])
+        spans.append(np.where(reach < segment.stop[:, None], padded[reach], -1))
+    return np.concatenate(rows), np.concatenate(places), np.concatenate(spans)

@@ -1,0 +1,102 @@
+"""The PIC rule: who attends to whom in an encoder row. It lives here and nowhere else.
+
+Parallelized Iterative Compression, arXiv 2602.13980: only the attention mask of the Transformer
+changes; it restricts a memory token's receptive field to a local chunk.
+
+Shapes used here and in the other rooms:
+
+    rows      encoder sequences in a batch; a row packs several segments behind one another
+    places    places in a row: text tokens, slots, padding
+    slots     memory tokens of a batch, all rows together
+    hidden    width of a vector
+
+A row of two chunks of four tokens, two slots each, under the preset `pic` (`.` no, `x` yes):
+
+             text 0  text 1  slots
+    text 0   x
+    text 1   x x     x
+    slot 0   x               x
+    slot 1           x       x x
+
+This module knows tensors only: no tokenizer, no model, no configuration file. It imports torch alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask
+
+
+class Places(NamedTuple):
+    """What the rule needs to know of every place of a batch of rows.
+
+    Attributes:
+        segment: `(rows, places)` int64, the segment a place belongs to; a number of its own, below zero,
+            for each padding place, so that padding attends to itself and is attended by nothing else.
+        chunk: `(rows, places)` int64, the chunk inside that segment.
+        is_slot: `(rows, places)` bool, true where a memory token sits. Slots come after their segment's text.
+    """
+
+    segment: torch.Tensor
+    chunk: torch.Tensor
+    is_slot: torch.Tensor
+
+
+def attends(
+    query: Places,
+    key: Places,
+    query_index: torch.Tensor,
+    key_index: torch.Tensor,
+    *,
+    text_scope: str,
+    memory_scope: str,
+) -> torch.Tensor:
+    """The rule itself, for broadcastable queries and keys; true where the query may attend to the key.
+
+    Text attends to earlier text of its segment (`text_scope="segment"`) or of its chunk (`"chunk"`) and never
+    to a slot. A slot attends to the text of its chunk (all text of the segment with `memory_scope="segment"`)
+    and to itself and the earlier slots of its chunk (of all earlier chunks too, unless `memory_scope="chunk"`).
+    """
+    same_chunk = query.chunk == key.chunk
+    text_sees_text = same_chunk | (text_scope == "segment")
+    slot_sees_text = same_chunk | (memory_scope == "segment")
+    slot_sees_slot = same_chunk | (memory_scope != "chunk")
+    sees_text = torch.where(query.is_slot, slot_sees_text, text_sees_text)
+    sees_slot = query.is_slot & slot_sees_slot
+    in_reach = torch.where(key.is_slot, sees_slot, sees_text)
+    return (query.segment == key.segment) & (key_index <= query_index) & in_reach
+
+
+def allowed_pairs(places: Places, *, text_scope: str, memory_scope: str) -> torch.Tensor:
+    """`(rows, places, places)` bool: row `i`, column `j` is true where place `i` may attend to place `j`."""
+    index = torch.arange(places.segment.shape[1], device=places.segment.device)
+    query = Places(*(field[:, :, None] for field in places))
+    key = Places(*(field[:, None, :] for field in places))
+    return attends(query, key, index[:, None], index, text_scope=text_scope, memory_scope=memory_scope)
+
+
+def dense_mask(places: Places, dtype: torch.dtype, *, text_scope: str, memory_scope: str) -> torch.Tensor:
+    """`(rows, 1, places, places)` additive mask in `dtype`: 0 where attention is allowed, the lowest value elsewhere.
+
+    It is additive because transformers' `eager` attention adds whatever it is given, booleans included.
+    """
+    allowed = allowed_pairs(places, text_scope=text_scope, memory_scope=memory_scope)
+    mask = torch.full(allowed.shape, torch.finfo(dtype).min, dtype=dtype, device=allowed.device)
+    return mask.masked_fill_(allowed, 0.0)[:, None]
+
+
+def flex_mask(places: Places, *, text_scope: str, memory_scope: str) -> BlockMask:
+    """The same rule as a FlexAttention `BlockMask` over `(rows, 1, places, places)`."""
+
+    def at(row: torch.Tensor, index: torch.Tensor) -> Places:
+        return Places(*(field[row, index] for field in places))
+
+    def rule(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return attends(
+            at(row, query), at(row, key), query, key, text_scope=text_scope, memory_scope=memory_scope
+        )
+
+    rows, count = places.segment.shape
+    return create_block_mask(rule, rows, None, count, count, device=str(places.segment.device))
