@@ -30,10 +30,37 @@ _ROOMS = {
     "find_handles": "handles",
     "load_documents": "documents",
     "restore": "assembler",
+    "shared_compressor": "shared",
+    "shared_generator": "shared",
     "unescape_handles": "handles",
+    "unload_shared": "shared",
 }
 
-__all__ = sorted(_ROOMS)
+__all__ = [
+    "Compressor",
+    "Document",
+    "Generation",
+    "Generator",
+    "Memory",
+    "MemoryCache",
+    "MemoryFormatError",
+    "MemoryStore",
+    "PicConfig",
+    "PicRag",
+    "Retriever",
+    "SQLiteStore",
+    "ShardStore",
+    "StoreError",
+    "UnknownHandleError",
+    "escape_handles",
+    "find_handles",
+    "load_documents",
+    "restore",
+    "shared_compressor",
+    "shared_generator",
+    "unescape_handles",
+    "unload_shared",
+]
 
 if TYPE_CHECKING:
     from pic_rag.assembler import restore
@@ -45,6 +72,7 @@ if TYPE_CHECKING:
     from pic_rag.memory import Memory, MemoryFormatError
     from pic_rag.rag import PicRag
     from pic_rag.retriever import Retriever
+    from pic_rag.shared import shared_compressor, shared_generator, unload_shared
     from pic_rag.store import MemoryCache, MemoryStore, ShardStore, SQLiteStore, StoreError
 
 

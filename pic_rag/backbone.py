@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -66,7 +66,9 @@ def load_backbone(
         source, dtype=resolve_dtype(dtype, where), attn_implementation=attn_implementation, **(model_kwargs or {})
     )
     tokenizer = AutoTokenizer.from_pretrained(source)
-    return Backbone(model.to(where).eval(), tokenizer, EMBEDDED_NAME if embedded_default else str(name_or_path))
+    return Backbone(
+        cast("Any", model).to(where).eval(), tokenizer, EMBEDDED_NAME if embedded_default else str(name_or_path)
+    )
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -104,9 +106,15 @@ def model_id(model: PreTrainedModel, name: str) -> str:
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _DIGEST_SAMPLES)][:_DIGEST_SAMPLES]
         digest.update(f"{parameter_name}{tuple(parameter.shape)}".encode())
-        digest.update(sample.to("cpu", torch.bfloat16).view(torch.uint8).numpy().tobytes())
+        digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
     short = Path(name).name if Path(name).exists() else name
     return f"{short}@{digest.hexdigest()[:16]}"
+
+
+def reader_id(model: str, reader: Path) -> str:
+    """The id of a generator together with its reader adapter: memories made for the pair suit nothing else."""
+    digest = hashlib.sha256((reader / "adapter_model.safetensors").read_bytes()).hexdigest()
+    return f"{model}+{digest[:16]}"
 
 
 def _cpu_multiplies_bfloat16() -> bool:

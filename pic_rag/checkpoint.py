@@ -92,7 +92,9 @@ def _find_folder(name_or_path: str | Path | None) -> Path:
     if folder.is_dir():
         return folder
     if isinstance(name_or_path, Path) or name_or_path.startswith((".", "~", os.sep)) or name_or_path.count("/") > 1:
-        raise FileNotFoundError(f"name_or_path must be a folder or a hub id, got {str(name_or_path)!r}: no such folder.")
+        raise FileNotFoundError(
+            f"name_or_path must be a folder or a hub id, got {str(name_or_path)!r}: no such folder."
+        )
     try:
         return Path(snapshot_download(name_or_path))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -50,10 +50,8 @@ def token_windows(text: str, tokenizer: Any) -> Iterator[np.ndarray]:  # noqa: A
     while start < len(text):
         stop = start + WINDOW_CHARACTERS
         if stop < len(text):
-            gap = None
-            for gap in _BREAK.finditer(text, stop - WINDOW_CHARACTERS // 10, stop):
-                pass
-            stop = gap.start() if gap else stop
+            gaps = [gap.start() for gap in _BREAK.finditer(text, stop - WINDOW_CHARACTERS // 10, stop)]
+            stop = gaps[-1] if gaps else stop
         ids = tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
         yield np.asarray(ids, dtype=np.int64)
         start = stop

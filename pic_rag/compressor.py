@@ -6,6 +6,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pic_rag.backbone import Backbone, ModelRef, load_backbone
+from pic_rag.backbone import Backbone, load_backbone
 from pic_rag.checkpoint import Checkpoint
 from pic_rag.chunking import Segment, fold, place_slots, token_segments
 from pic_rag.config import PicConfig
@@ -39,10 +40,19 @@ class Compressor:
         fingerprint: 64 hex digits over weights, settings and models; equal fingerprints make equal memories.
         generator: the model that reads the memories.
         reader: folder of the LoRA adapter the generator needs for them, if any.
+        name: folder or hub id it was loaded from; None for the shipped one and for an untrained one.
     """
 
-    def __init__(self, checkpoint: Checkpoint, encoder: PicEncoder, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        encoder: PicEncoder,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str | None = None,
+    ) -> None:
         self.checkpoint = checkpoint
+        self.name = name
         self.encoder = encoder.eval()
         self.tokenizer = tokenizer
         self.config = checkpoint.config
@@ -74,19 +84,19 @@ class Compressor:
             ValueError: when the checkpoint is damaged, or its base model is not the one it was trained on.
         """
         checkpoint = Checkpoint.load(name_or_path)
-        loading = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
-        base = load_backbone(base_model or checkpoint.base.name, **loading)
+        load = partial(load_backbone, device=device, dtype=dtype, attn_implementation=attn_implementation)
+        base = load(base_model or checkpoint.base.name)
         if _digest(base.ref.id) != _digest(checkpoint.base.id):
             raise ValueError(
                 f"The base model must be {checkpoint.base.id!r}, which this compressor was trained on, got "
                 f"{base.ref.id!r}. Pass the right folder or hub id as base_model."
             )
         reads_itself = checkpoint.generator.name == checkpoint.base.name
-        generator = base if reads_itself else load_backbone(checkpoint.generator.name, **loading)
+        generator = base if reads_itself else load(checkpoint.generator.name)
         encoder = PicEncoder(base.model, checkpoint.config, generator.model.get_input_embeddings())
         encoder.load_trained_state(checkpoint.weights)
         encoder.merge_lora()
-        return cls(checkpoint, encoder, base.tokenizer)
+        return cls(checkpoint, encoder, base.tokenizer, name=None if name_or_path is None else str(name_or_path))
 
     @classmethod
     def from_base(
@@ -113,7 +123,9 @@ class Compressor:
         """
         if isinstance(model, PreTrainedModel):
             if tokenizer is None:
-                raise ValueError("tokenizer must be given with a model object, got None. Pass the model's own tokenizer.")
+                raise ValueError(
+                    "tokenizer must be given with a model object, got None. Pass the model's own tokenizer."
+                )
             base = Backbone(model, tokenizer, _name(model))
         else:
             base = load_backbone(model, **loading)
@@ -242,7 +254,7 @@ class Compressor:
 
     @property
     def _embedding_weight(self) -> torch.Tensor:
-        return self.encoder.decoder.get_input_embeddings().weight
+        return self.encoder.token_embedding_weight
 
 
 def _groups(order: Sequence[int], segments: Sequence[Segment], places: int) -> Iterator[list[int]]:

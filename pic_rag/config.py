@@ -32,7 +32,9 @@ class PicConfig:
     """
 
     ratio: int = _field(4, "text tokens per memory token when the caller names no ratio")
-    ratios: tuple[int, ...] = _field((4, 8, 16, 32, 64), "ratios the compressor serves, in text tokens per memory token")
+    ratios: tuple[int, ...] = _field(
+        (4, 8, 16, 32, 64), "ratios the compressor serves, in text tokens per memory token"
+    )
     slots_per_chunk: int = _field(4, "slots in a full chunk; chunk_tokens = slots_per_chunk * ratio")
     segment_tokens: int = _field(512, "text tokens in one encoder sequence, at most")
     text_scope: TextScope = _field("segment", "what text attends to: earlier text of its segment, or of its chunk")

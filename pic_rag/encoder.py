@@ -6,6 +6,7 @@ Only this room knows of LoRA. It receives a `Layout` and returns one vector a sl
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -51,8 +52,8 @@ class PicEncoder(nn.Module):
         self.config = config
         self.decoder = _cut_decoder(base, config)
         self._generator_embeddings = (generator_embeddings,)  # a tuple hides it from state_dict
-        weight = self.decoder.get_input_embeddings().weight
-        hidden, self.hidden = weight.shape[1], int(generator_embeddings.weight.shape[1])
+        weight = self.token_embedding_weight
+        hidden, self.hidden = weight.shape[1], _width(generator_embeddings)
         scale = weight.detach().float().std().item()
         generator = torch.Generator().manual_seed(0)
         self.slot_embedding = nn.Parameter((torch.randn(hidden, generator=generator) * scale).to(weight.device))
@@ -76,6 +77,11 @@ class PicEncoder(nn.Module):
         if self.config.residual_pool:
             memory = memory + self._pool(layout)
         return memory.to(text.dtype)
+
+    @property
+    def token_embedding_weight(self) -> torch.Tensor:
+        """`(vocabulary, encoder_hidden)`: its dtype and device are those the encoder computes in."""
+        return cast("torch.Tensor", self.decoder.get_input_embeddings().weight)
 
     def trained_state(self) -> dict[str, torch.Tensor]:
         """What training changes, and a checkpoint holds: LoRA, slot embedding, converter."""
@@ -122,7 +128,7 @@ class PicEncoder(nn.Module):
 
 def _cut_decoder(base: PreTrainedModel, config: PicConfig) -> PreTrainedModel:
     decoder = base.get_decoder()
-    layers = decoder.layers
+    layers = cast("nn.ModuleList", decoder.layers)
     keep = config.encoder_layers or len(layers)
     if keep > len(layers):
         raise ValueError(f"encoder_layers must be at most {len(layers)} (the base model's layers), got {keep}.")
@@ -137,7 +143,8 @@ def _cut_decoder(base: PreTrainedModel, config: PicConfig) -> PreTrainedModel:
 
 
 def _add_lora(decoder: PreTrainedModel, config: PicConfig) -> None:
-    linear = [name for name, module in decoder.layers.named_modules() if isinstance(module, nn.Linear)]
+    layers = cast("nn.ModuleList", decoder.layers)
+    linear = [name for name, module in layers.named_modules() if isinstance(module, nn.Linear)]
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
@@ -145,6 +152,10 @@ def _add_lora(decoder: PreTrainedModel, config: PicConfig) -> None:
         lora_dropout=0.0,
     )
     inject_adapter_in_model(lora, decoder)
+
+
+def _width(embeddings: nn.Module) -> int:
+    return int(cast("torch.Tensor", embeddings.weight).shape[1])
 
 
 def _is_trained(name: str) -> bool:

@@ -94,9 +94,7 @@ def flex_mask(places: Places, *, text_scope: str, memory_scope: str) -> BlockMas
         return Places(*(field[row, index] for field in places))
 
     def rule(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return attends(
-            at(row, query), at(row, key), query, key, text_scope=text_scope, memory_scope=memory_scope
-        )
+        return attends(at(row, query), at(row, key), query, key, text_scope=text_scope, memory_scope=memory_scope)
 
     rows, count = places.segment.shape
     return create_block_mask(rule, rows, None, count, count, device=str(places.segment.device))

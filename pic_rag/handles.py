@@ -1,0 +1,118 @@
+"""Handles: the printable strings that stand for memories inside a prompt.
+
+A handle is ``[[pic:<32 lowercase hex>]]``: no whitespace, quotes, braces or backslashes, so prompt templates and text
+splitters leave it whole. It is content-addressed: the same text and the same compressor give the same handle.
+
+A handle inside somebody else's text is hostile until proven otherwise. `escape_handles` lengthens the colons of
+everything that looks like one (``[[pic:`` becomes ``[[pic::``), which no longer matches and can be undone.
+
+This file does not know tensors, stores or prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+
+HANDLE_PATTERN: re.Pattern[str] = re.compile(r"\[\[pic:([0-9a-f]{32})\]\]")
+
+_OPENING = re.compile(r"\[\[pic:")
+_ESCAPED_OPENING = re.compile(r"\[\[pic::")
+
+
+class UnknownHandleError(KeyError):
+    """A handle stands in a prompt, but no memory or text was given for it.
+
+    Args:
+        handle: The handle nobody knows.
+        known_handles: How many handles were known where it was looked up.
+    """
+
+    def __init__(self, handle: str, known_handles: int) -> None:
+        """Keep both parts, so that the error survives pickling between processes."""
+        super().__init__(handle, known_handles)
+        self.handle = handle
+        self.known_handles = known_handles
+
+    def __str__(self) -> str:
+        """The message itself: `KeyError` would show its `repr`."""
+        return (
+            f"handle must be one of the {self.known_handles} known here, got {self.handle}. "
+            "Pass the memory it stands for, compress its document again, "
+            "or escape it with escape_handles if it is part of a text."
+        )
+
+
+def make_handle(*, source_hash: str, fingerprint: str, ratio: int, dtype: str) -> str:
+    """Name the memory that one compressor makes of one text.
+
+    Args:
+        source_hash: SHA-256 of the source text, in hex (`pic_rag.memory.hash_text`).
+        fingerprint: Fingerprint of the compressor, which covers its weights and mask settings.
+        ratio: Text tokens per memory token.
+        dtype: Compute dtype of the compressor, such as ``"bfloat16"``.
+
+    Returns:
+        ``[[pic:<32 hex>]]``, the first 128 bits of a SHA-256 over all four.
+    """
+    # JSON keeps the fields apart: ("ab", "c") and ("a", "bc") must not share a digest.
+    parts = json.dumps([source_hash, fingerprint, ratio, dtype])
+    return f"[[pic:{hashlib.sha256(parts.encode()).hexdigest()[:32]}]]"
+
+
+def find_handles(text: str) -> list[str]:
+    """Handles of a text, in order, with repeats."""
+    return [match.group() for match in HANDLE_PATTERN.finditer(text)]
+
+
+def split_handles(text: str) -> list[tuple[bool, str]]:
+    """Cut a text at its handles.
+
+    Returns:
+        ``(is_handle, piece)`` pairs without empty pieces. The pieces join to the text.
+    """
+    pieces: list[tuple[bool, str]] = []
+    end = 0
+    for match in HANDLE_PATTERN.finditer(text):
+        pieces += [(False, text[end : match.start()]), (True, match.group())]
+        end = match.end()
+    pieces.append((False, text[end:]))
+    return [(is_handle, piece) for is_handle, piece in pieces if piece]
+
+
+def escape_handles(text: str) -> str:
+    """Make every handle in a text harmless, reversibly.
+
+    >>> escape_handles("see [[pic:00112233445566778899aabbccddeeff]]")
+    'see [[pic::00112233445566778899aabbccddeeff]]'
+    """
+    return _OPENING.sub("[[pic::", text)
+
+
+def unescape_handles(text: str) -> str:
+    """Undo `escape_handles`: ``unescape_handles(escape_handles(text)) == text`` for any text."""
+    return _ESCAPED_OPENING.sub("[[pic:", text)
+
+
+def replace_handles(text: str, mapping: Mapping[str, str]) -> str:
+    """Put a string in the place of every handle.
+
+    The replacements go in as they are, and handles inside them are not looked up: escape texts before passing them.
+
+    Args:
+        text: A text with handles.
+        mapping: Handle to replacement.
+
+    Raises:
+        UnknownHandleError: A handle of the text is not in the mapping.
+    """
+
+    def replacement(match: re.Match[str]) -> str:
+        handle = match.group()
+        if handle not in mapping:
+            raise UnknownHandleError(handle, len(mapping))
+        return mapping[handle]
+
+    return HANDLE_PATTERN.sub(replacement, text)

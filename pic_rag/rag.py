@@ -1,0 +1,336 @@
+"""The whole way in one object: index documents, retrieve passages, let the generator read their memories."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator as TextStream
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+
+from pic_rag import embedded
+from pic_rag.compressor import Compressor
+from pic_rag.documents import Document, DocumentError, load_documents
+from pic_rag.generator import Generator
+from pic_rag.handles import escape_handles
+from pic_rag.memory import Memory
+from pic_rag.prompts import rag_messages
+from pic_rag.retriever import Hit, Retriever
+from pic_rag.store import MemoryCache, MemoryStore, SQLiteStore
+
+Mode = Literal["pic", "text", "none", "truncate"]
+STORE_FILE = "memories.sqlite"
+SETTINGS_FILE = "pic_rag.json"
+
+
+@dataclass(frozen=True)
+class RetrievedDocument:
+    """A passage that an answer was given from.
+
+    Attributes:
+        id: the passage's id.
+        score: cosine similarity to the question, -1 to 1.
+        text_tokens: tokens of its text.
+        memory_tokens: memory tokens it became; 0 when the generator did not read memories.
+        handle: the memory's handle; None likewise.
+        cached: whether the memory came from the store.
+        text: the passage.
+        source: the file or label it came from.
+    """
+
+    id: str
+    score: float
+    text_tokens: int
+    memory_tokens: int
+    handle: str | None
+    cached: bool
+    text: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, what it was given from and what it cost.
+
+    Attributes:
+        answer: the generator's words.
+        documents: the passages, best first.
+        prompt_tokens: rows the generator read: memory tokens, question, markers.
+        text_prompt_tokens: tokens of the same prompt with the passages' full text.
+        latency_ms: `retrieve`, `compress`, `first_token` (from the call to the first piece of text) and `total`.
+        model: the generator's id.
+        compressor: the compressor's fingerprint.
+    """
+
+    answer: str
+    documents: list[RetrievedDocument]
+    prompt_tokens: int
+    text_prompt_tokens: int
+    latency_ms: dict[str, float]
+    model: str
+    compressor: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The answer as JSON types; the passages' texts stay out of it."""
+        values = asdict(self)
+        for document in values["documents"]:
+            del document["text"]
+        return values
+
+
+class PicRag:
+    """Answers questions from documents, the generator reading memory tokens in place of their text.
+
+    Args:
+        retriever: finds passages.
+        compressor: makes memories of them.
+        generator: reads them; it must be the one the compressor was trained for.
+        store: where memories are kept; None: a SQLite file in the user's cache folder.
+        namespace: keeps the memories of different users of one store apart.
+
+    Raises:
+        ValueError: when the compressor's memories are for another generator.
+    """
+
+    def __init__(
+        self,
+        retriever: Retriever,
+        compressor: Compressor,
+        generator: Generator,
+        *,
+        store: MemoryStore | None = None,
+        namespace: str = "default",
+    ) -> None:
+        if compressor.generator.id != generator.model_id:
+            raise ValueError(
+                f"generator must be {compressor.generator.id!r}, which the compressor makes memories for, got "
+                f"{generator.model_id!r}. Load it with reader=compressor.reader, or use a compressor trained for it."
+            )
+        self.retriever = retriever
+        self.compressor = compressor
+        self.generator = generator
+        store = store if store is not None else SQLiteStore(embedded.cache_folder() / STORE_FILE)
+        self.cache = MemoryCache(store, compressor.fingerprint, namespace=namespace)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        compressor: str | Path | None = None,
+        *,
+        generator: str | Path | None = None,
+        embedder: str | None = None,
+        store: MemoryStore | None = None,
+        namespace: str = "default",
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> PicRag:
+        """An empty index with the models loaded; with no arguments, the embedded default.
+
+        Args:
+            compressor: folder or hub id of a trained compressor; None: the shipped one.
+            generator: where the generator is, when not where the compressor's checkpoint says.
+            embedder: sentence-transformers folder or hub id; None: the embedded MiniLM.
+            store: where memories are kept.
+            namespace: of this user's memories in the store.
+            device: None picks cuda, mps or cpu.
+            dtype: None picks the device's fast one.
+        """
+        loaded = Compressor.from_pretrained(compressor, base_model=generator, device=device, dtype=dtype)
+        reading = Generator.from_pretrained(
+            generator or loaded.generator.name, reader=loaded.reader, device=device, dtype=dtype
+        )
+        return cls(Retriever(embedder), loaded, reading, store=store, namespace=namespace)
+
+    @classmethod
+    def load(cls, folder: str | Path, **loading: Any) -> PicRag:  # noqa: ANN401 - from_pretrained's arguments
+        """Open an index folder written by `save`; its memories are kept in the folder.
+
+        Args:
+            folder: the index.
+            **loading: `generator`, `namespace`, `device`, `dtype`, `embedder`, as for `from_pretrained`; `compressor`
+                to use another than the one the index was saved with.
+
+        Raises:
+            FileNotFoundError: when there is no index.
+        """
+        path = Path(folder) / SETTINGS_FILE
+        if not path.is_file():
+            raise FileNotFoundError(f"folder must be an index that PicRag.save wrote, got {str(folder)!r}.")
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        loading.setdefault("compressor", settings["compressor"])
+        rag = cls.from_pretrained(store=SQLiteStore(Path(folder) / STORE_FILE), **loading)
+        rag.retriever = Retriever.load(folder, loading.get("embedder"))
+        return rag
+
+    def save(self, folder: str | Path) -> None:
+        """Write passages, search index and the compressor's name; memories made from now on are kept there too."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        self.retriever.save(target)
+        settings = {"compressor": self.compressor.name, "fingerprint": self.compressor.fingerprint}
+        (target / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        kept = self.cache
+        self.cache = MemoryCache(
+            SQLiteStore(target / STORE_FILE), kept.fingerprint, namespace=kept.namespace, at_rest=kept.at_rest
+        )
+
+    def add(self, documents: Iterable[Document], *, progress: bool | None = None) -> int:
+        """Index documents; those already there are skipped. Returns the number of new passages."""
+        return self.retriever.add(documents, progress=progress)
+
+    def add_files(self, paths: Sequence[str | Path], *, progress: bool | None = None) -> list[DocumentError]:
+        """Index text, Markdown and PDF files and folders of them; returns what could not be read, and why."""
+        loaded = load_documents(paths, progress=progress)
+        self.add(loaded.documents, progress=progress)
+        return loaded.problems
+
+    def ask(
+        self,
+        question: str,
+        *,
+        top_k: int = 3,
+        ratio: int | None = None,
+        mode: Mode = "pic",
+        max_new_tokens: int = 64,
+        progress: bool | None = None,
+    ) -> Answer:
+        """Answer a question from the indexed documents.
+
+        Args:
+            question: what to ask.
+            top_k: passages shown to the generator, at most.
+            ratio: text tokens per memory token; None for the compressor's default.
+            mode: "pic" reads memories, "text" the full text, "truncate" text cut to as many tokens as the memories
+                have, "none" nothing: the baselines to compare with.
+            max_new_tokens: longest answer.
+            progress: None shows a bar on a terminal while many passages are compressed.
+
+        Raises:
+            ValueError: when the question is empty, or a setting is out of range.
+        """
+        stream = self.stream(
+            question, top_k=top_k, ratio=ratio, mode=mode, max_new_tokens=max_new_tokens, progress=progress
+        )
+        while True:
+            try:
+                next(stream)
+            except StopIteration as done:
+                return done.value
+
+    def stream(
+        self,
+        question: str,
+        *,
+        top_k: int = 3,
+        ratio: int | None = None,
+        mode: Mode = "pic",
+        max_new_tokens: int = 64,
+        progress: bool | None = None,
+    ) -> TextStream[str, None, Answer]:
+        """Like `ask`, in pieces of text; the generator's return value (`yield from`) is the `Answer`."""
+        if not question.strip():
+            raise ValueError(f"question must hold at least one word, got {question!r}.")
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
+        ratio = self.compressor.config.check_ratio(ratio)
+        watch = _Watch()
+        hits = self.retriever.search(question, top_k)
+        watch.lap("retrieve")
+        documents, memories = self._read(hits, ratio, mode, progress)
+        watch.lap("compress")
+        asked = escape_handles(question)
+        stream = self.generator.stream(
+            rag_messages(asked, self._shown(documents, ratio, mode)), memories, max_new_tokens=max_new_tokens
+        )
+        while True:
+            try:
+                piece = next(stream)
+            except StopIteration as done:
+                generation = done.value
+                break
+            watch.first_token()
+            yield piece
+        full_text = rag_messages(asked, self._shown(documents, ratio, "text"))
+        latency_ms = watch.finish()
+        return Answer(
+            answer=generation.text.strip(),
+            documents=documents,
+            prompt_tokens=generation.prompt_tokens,
+            text_prompt_tokens=self.generator.count_tokens(full_text),
+            latency_ms=latency_ms,
+            model=self.generator.model_id,
+            compressor=self.compressor.fingerprint,
+        )
+
+    def _read(
+        self, hits: Sequence[Hit], ratio: int, mode: Mode, progress: bool | None
+    ) -> tuple[list[RetrievedDocument], list[Memory]]:
+        """The passages found, and in mode "pic" their memories: from the store, else compressed now."""
+        texts = [hit.passage.text for hit in hits]
+        if mode != "pic":
+            return [self._document(hit, None, cached=False) for hit in hits], []
+        ids = [hit.passage.id for hit in hits]
+        memories, cached = self.cache.get_or_compress(texts, self.compressor, ratio, sources=ids, progress=progress)
+        documents = [
+            self._document(hit, memory, cached=known) for hit, memory, known in zip(hits, memories, cached, strict=True)
+        ]
+        return documents, memories
+
+    def _document(self, hit: Hit, memory: Memory | None, *, cached: bool) -> RetrievedDocument:
+        text = hit.passage.text
+        return RetrievedDocument(
+            id=hit.passage.id,
+            score=hit.score,
+            text_tokens=memory.text_tokens if memory else len(self._token_ids(text)),
+            memory_tokens=memory.memory_tokens if memory else 0,
+            handle=memory.handle if memory else None,
+            cached=cached,
+            text=text,
+            source=hit.passage.source,
+        )
+
+    def _shown(self, documents: Sequence[RetrievedDocument], ratio: int, mode: Mode) -> list[str]:
+        """What stands for each passage in the prompt."""
+        if mode == "none":
+            return []
+        if mode == "pic":
+            return [document.handle or "" for document in documents]
+        texts = [document.text for document in documents]
+        if mode == "truncate":
+            texts = [self._truncate(text, ratio) for text in texts]
+        return [escape_handles(text) for text in texts]
+
+    def _truncate(self, text: str, ratio: int) -> str:
+        """The beginning of a text, as many tokens as its memory would have."""
+        token_ids = self._token_ids(text)
+        return str(self.generator.tokenizer.decode(token_ids[: -(-len(token_ids) // ratio)]))
+
+    def _token_ids(self, text: str) -> list[int]:
+        return list(self.generator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+class _Watch:
+    """Milliseconds from now to each event."""
+
+    def __init__(self) -> None:
+        self._begin = self._last = time.perf_counter()
+        self.latency_ms: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.latency_ms[name], self._last = _milliseconds(now - self._last), now
+
+    def first_token(self) -> None:
+        self.latency_ms.setdefault("first_token", _milliseconds(time.perf_counter() - self._begin))
+
+    def finish(self) -> dict[str, float]:
+        self.first_token()  # an empty answer has none: its end stands for it
+        return {**self.latency_ms, "total": _milliseconds(time.perf_counter() - self._begin)}
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(1000 * seconds, 2)

@@ -1,0 +1,68 @@
+"""How the next token is chosen: greedily, or drawn from a temperature and a nucleus with random numbers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of one decoding, checked.
+
+    Attributes:
+        max_new_tokens: length in tokens at which an answer ends in any case.
+        stop: strings that end an answer and are not part of it.
+        temperature: 0 decodes greedily.
+        top_p: probability mass that tokens are drawn from, in (0, 1].
+        seed: of the draws; None takes a new one from the operating system.
+    """
+
+    max_new_tokens: int = 128
+    stop: Sequence[str] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise ValueError(
+                f"max_new_tokens must be at least 1, got {self.max_new_tokens}. Ask for one token or more."
+            )
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop must be a list of non-empty strings, got {self.stop!r}. Write stop=['END'].")
+        if not 0.0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}. Use 0 to decode greedily.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}. Use 1 to keep every token.")
+
+    def processors(self, prompts: int, device: torch.device) -> LogitsProcessorList:
+        """What `model.generate` applies to the scores of a batch of `prompts`; nothing when greedy."""
+        if self.temperature == 0.0:
+            return LogitsProcessorList()
+        nucleus = [TopPLogitsWarper(self.top_p)] if self.top_p < 1.0 else []
+        draw = SeededDraw(self.seed, prompts, device)
+        return LogitsProcessorList([TemperatureLogitsWarper(float(self.temperature)), *nucleus, draw])
+
+
+class SeededDraw(LogitsProcessor):
+    """Draws each row's token itself and leaves greedy decoding no other choice.
+
+    `do_sample=True` would draw from torch's global random numbers: a seed would disturb the caller's, and a row's
+    tokens would depend on the rows beside it. Here every row has its own numbers, all from the same seed, so
+    a batch gives what its prompts give alone.
+    """
+
+    def __init__(self, seed: int | None, prompts: int, device: torch.device) -> None:
+        self._generators = [torch.Generator(device) for _ in range(prompts)]
+        for generator in self._generators:
+            generator.seed() if seed is None else generator.manual_seed(seed)
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """`(prompts, vocabulary)` scores in, the same shape out: 0 at the drawn token, minus infinity elsewhere."""
+        rows = zip(scores.float().softmax(-1), self._generators, strict=True)
+        drawn = torch.stack([torch.multinomial(row, 1, generator=generator) for row, generator in rows])
+        return torch.full_like(scores, float("-inf")).scatter(1, drawn, 0.0)

@@ -1,0 +1,263 @@
+"""The cache: memories in a store, under their handles.
+
+A memory is found only by the compressor that made it and only in its own namespace: both are part of its key. What the
+store loses, corrupts or refuses costs time and a warning, never an answer, as long as the text is at hand.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+from tqdm.auto import tqdm
+
+from pic_rag.handles import HANDLE_PATTERN
+from pic_rag.memory import AtRest, Memory, MemoryFormatError
+from pic_rag.store.protocol import MemoryStore
+
+logger = logging.getLogger(__name__)
+
+GROUP_DOCUMENTS = 64  # written together: what a killed process loses at most
+
+# No slash, so that one namespace's keys never start with another's; no leading dot, for stores that keep keys as files.
+_NAMESPACE_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class SupportsCompress(Protocol):
+    """What the cache asks of a compressor; `pic_rag.compressor.Compressor` is one."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of weights and mask settings."""
+
+    @property
+    def dtype(self) -> str:
+        """Compute dtype, such as ``"bfloat16"``."""
+
+    def handle(self, text: str, ratio: int | None = None) -> str:
+        """Handle that the memory of the text will have."""
+
+    def compress(
+        self,
+        texts: Sequence[str],
+        ratio: int | None = None,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+    ) -> list[Memory]:
+        """One memory per text, in order."""
+
+
+class MemoryCache:
+    """The memories of one compressor in one namespace of a store.
+
+    Args:
+        store: Keys to bytes; any LangChain ``ByteStore`` is one.
+        fingerprint: Fingerprint of the compressor.
+        namespace: Keeps tenants apart: a handle is found only in the namespace it was put in.
+        at_rest: How memories are written; all ways are read.
+
+    Raises:
+        ValueError: The fingerprint is empty, or the namespace is not letters, digits, ``_``, ``-`` and ``.``.
+    """
+
+    def __init__(
+        self, store: MemoryStore, fingerprint: str, *, namespace: str = "default", at_rest: AtRest = "bf16"
+    ) -> None:
+        """Touch nothing yet."""
+        if not fingerprint:
+            raise ValueError("fingerprint must not be empty, got ''. Pass the compressor's fingerprint.")
+        if not _NAMESPACE_PATTERN.fullmatch(namespace):
+            raise ValueError(f"namespace must match {_NAMESPACE_PATTERN.pattern}, got {namespace!r}.")
+        self.store = store
+        self.fingerprint = fingerprint
+        self.namespace = namespace
+        self.at_rest: AtRest = at_rest
+
+    def get(self, handles: Sequence[str]) -> list[Memory | None]:
+        """Memories of the handles, in order; None where the store has none.
+
+        Raises:
+            MemoryFormatError: A value is corrupt, or is another memory than its key says.
+            ValueError: A handle is not one.
+        """
+        values = self.store.mget([self._key(handle) for handle in handles])
+        return [
+            None if value is None else self._decode(value, handle)
+            for handle, value in zip(handles, values, strict=True)
+        ]
+
+    def put(self, memories: Sequence[Memory]) -> None:
+        """Write memories.
+
+        Raises:
+            ValueError: A memory was made by another compressor, or is not finite.
+        """
+        self.store.mset(self._encode(memories))
+
+    def get_or_compress(
+        self,
+        texts: Sequence[str],
+        compressor: SupportsCompress,
+        ratio: int | None = None,
+        *,
+        sources: Sequence[str] | None = None,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+    ) -> tuple[list[Memory], list[bool]]:
+        """Memories of texts, compressing only those that the store does not hold.
+
+        New memories are written after every group of `GROUP_DOCUMENTS`, so a killed process loses one group at most. A
+        store that cannot be read or written is one warning, and a corrupt value is compressed again.
+
+        Args:
+            texts: Source texts; one that occurs twice is compressed once.
+            compressor: The compressor of this cache's fingerprint.
+            ratio: Text tokens per memory token; the compressor's own default if None.
+            sources: A label per text, for messages and for `Memory.source`.
+            batch_size: Passed on to the compressor.
+            progress: Whether to show a bar; None shows one on a terminal once it takes over a second.
+
+        Returns:
+            One memory per text, in order, and for each whether it came out of the store. A new memory is as precise as
+            the compressor made it, one out of the store as precise as it was kept.
+
+        Raises:
+            ValueError: The compressor has another fingerprint, or `sources` has another length than `texts`.
+        """
+        self._check_request(texts, compressor, sources)
+        handles = [compressor.handle(text, ratio) for text in texts]
+        labels: Sequence[str | None] = sources if sources is not None else [None] * len(texts)
+        found = self._find(dict(zip(handles, labels, strict=True)))
+        missing = {handle: text for handle, text in zip(handles, texts, strict=True) if handle not in found}
+        made = self._compress(missing, compressor, ratio, batch_size, progress)
+        known = found | made
+        memories = [replace(known[handle], source=label) for handle, label in zip(handles, labels, strict=True)]
+        return memories, [handle in found for handle in handles]
+
+    def __contains__(self, handle: str) -> bool:
+        """Whether the store holds a value for the handle."""
+        return self.store.mget([self._key(handle)])[0] is not None
+
+    def delete(self, handles: Sequence[str]) -> None:
+        """Delete memories; a handle that is not there is no error."""
+        self.store.mdelete([self._key(handle) for handle in handles])
+
+    def keys(self) -> Iterator[str]:
+        """Handles of this compressor's memories in this namespace."""
+        prefix = self._prefix
+        for key in self.store.yield_keys(prefix=prefix):
+            yield f"[[pic:{key[len(prefix) :]}]]"
+
+    @property
+    def _prefix(self) -> str:
+        return f"{self.namespace}/{self.fingerprint[:16]}/"
+
+    def _key(self, handle: str) -> str:
+        match = HANDLE_PATTERN.fullmatch(handle)
+        if match is None:
+            raise ValueError(f"handle must be [[pic:<32 lowercase hex>]], got {handle!r}.")
+        return self._prefix + match.group(1)
+
+    def _encode(self, memories: Sequence[Memory]) -> list[tuple[str, bytes]]:
+        for memory in memories:
+            if memory.fingerprint != self.fingerprint:
+                raise ValueError(
+                    f"Memory of {memory.source or memory.handle} must have the fingerprint {self.fingerprint!r}, "
+                    f"got {memory.fingerprint!r}. Compress with this cache's compressor, or make a cache for the other."
+                )
+        return [(self._key(memory.handle), memory.to_bytes(self.at_rest)) for memory in memories]
+
+    def _decode(self, value: bytes, handle: str, source: str | None = None) -> Memory:
+        label = source or handle
+        memory = Memory.from_bytes(value, source=label)
+        if memory.fingerprint != self.fingerprint:
+            raise MemoryFormatError(
+                f"Memory of {label} must have the fingerprint {self.fingerprint!r}, got {memory.fingerprint!r}. "
+                "Delete it and compress the document again with this compressor."
+            )
+        if memory.handle != handle:
+            raise MemoryFormatError(
+                f"Memory of {label} must have the handle {handle}, got {memory.handle}. "
+                "Something moved values between keys: delete it and compress the document again."
+            )
+        return replace(memory, source=source)
+
+    def _check_request(self, texts: Sequence[str], compressor: SupportsCompress, sources: Sequence[str] | None) -> None:
+        if isinstance(texts, str):
+            raise TypeError("texts must be a sequence of strings, got one string. Pass [text].")
+        if sources is not None and len(sources) != len(texts):
+            raise ValueError(f"sources must be as many as texts, got {len(sources)} for {len(texts)} texts.")
+        if compressor.fingerprint != self.fingerprint:
+            raise ValueError(
+                f"compressor must have the fingerprint {self.fingerprint!r}, got {compressor.fingerprint!r}. "
+                "Make a MemoryCache for this compressor; both can share one store."
+            )
+
+    def _find(self, labels: dict[str, str | None]) -> dict[str, Memory]:
+        """Memories that the store holds and that are whole, by handle."""
+        keys = [self._key(handle) for handle in labels]
+        try:
+            values = self.store.mget(keys)
+        except Exception as error:  # a store of another library raises what it likes, and the texts are at hand
+            logger.warning("The store could not be read; compressing %d documents again: %s", len(labels), error)
+            return {}
+        found = {}
+        for (handle, label), value in zip(labels.items(), values, strict=True):
+            try:
+                if value is not None:
+                    found[handle] = self._decode(value, handle, label)
+            except MemoryFormatError as error:
+                logger.warning("Compressing a document again: %s", error)
+        return found
+
+    def _compress(
+        self,
+        texts: dict[str, str],
+        compressor: SupportsCompress,
+        ratio: int | None,
+        batch_size: int | None,
+        progress: bool | None,
+    ) -> dict[str, Memory]:
+        """Compress texts given by handle, and write each group."""
+        group_documents = max(GROUP_DOCUMENTS, batch_size or 0)
+        handles = list(texts)
+        one_group = len(handles) <= group_documents
+        # Of several groups the bar is shown here; inside one group the compressor knows its progress better.
+        hidden = True if one_group or progress is False else (None if progress is None else False)
+        made: dict[str, Memory] = {}
+        writable = True
+        with tqdm(total=len(handles), desc="compress", unit="document", delay=1, disable=hidden) as bar:
+            for start in range(0, len(handles), group_documents):
+                group = handles[start : start + group_documents]
+                memories = compressor.compress(
+                    [texts[handle] for handle in group], ratio, batch_size, progress if one_group else False
+                )
+                _check_made(group, memories)
+                made.update(zip(group, memories, strict=True))
+                writable = self._write(memories, warn=writable) and writable
+                bar.update(len(group))
+        return made
+
+    def _write(self, memories: Sequence[Memory], *, warn: bool) -> bool:
+        """Whether the store took the memories. It may take a later group even if it refused an earlier one."""
+        pairs = self._encode(memories)
+        try:
+            self.store.mset(pairs)
+        except Exception as error:  # a store of another library raises what it likes, and the memories are at hand
+            level = logging.WARNING if warn else logging.DEBUG
+            logger.log(level, "The store could not be written; memories are used but not kept: %s", error)
+            return False
+        return True
+
+
+def _check_made(handles: Sequence[str], memories: Sequence[Memory]) -> None:
+    """A compressor that names its memories otherwise than it promised would never find them again."""
+    got = [memory.handle for memory in memories]
+    if got != list(handles):
+        raise ValueError(
+            f"compressor must make memories with the handles it names, got {got[:3]} for {list(handles)[:3]}. "
+            "Its handle() and compress() must use the same text, ratio, fingerprint and dtype."
+        )

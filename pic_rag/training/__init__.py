@@ -1,0 +1,1 @@
+"""Training a compressor: `config` -> `corpora` (tokens on disk) -> `examples` -> `batch` -> `objective` -> `loop`."""

@@ -1,0 +1,125 @@
+"""Examples become the tensors of a step: encoder rows, generator rows, targets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from pic_rag.layout import Layout, build_layout, pack
+from pic_rag.mask import Places
+from pic_rag.training.config import TrainConfig
+from pic_rag.training.examples import MEMORY, Dialogue, ExampleFactory
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Generator sequences packed in rows, each attending to itself alone.
+
+    Attributes:
+        ids: `(rows, places)` token ids, 0 where there is a memory token or nothing.
+        slot: `(rows, places)` number of the memory token that sits here, -1 where none does.
+        position_ids: `(rows, places)`.
+        segment: `(rows, places)` the sequence a place belongs to, see `Places`.
+        target_row: `(targets,)` row of the place that predicts a target.
+        target_place: `(targets,)` its place.
+        target_ids: `(targets,)` the token to predict.
+    """
+
+    ids: torch.Tensor
+    slot: torch.Tensor
+    position_ids: torch.Tensor
+    segment: torch.Tensor
+    target_row: torch.Tensor
+    target_place: torch.Tensor
+    target_ids: torch.Tensor
+
+    @property
+    def places(self) -> Places:
+        """The rows as the PIC rule sees them: text alone, causal inside its sequence."""
+        return Places(self.segment, torch.zeros_like(self.segment), torch.zeros_like(self.segment, dtype=torch.bool))
+
+    def to(self, device: torch.device | str) -> Rows:
+        """The same rows on another device."""
+        return Rows(*(getattr(self, entry.name).to(device, non_blocking=True) for entry in fields(self)))
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One step's input. `teacher` has the targets of `reads` in the same order."""
+
+    task: str
+    layout: Layout
+    reads: Rows
+    teacher: Rows | None
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on another device."""
+        teacher = self.teacher.to(device) if self.teacher else None
+        return Batch(self.task, self.layout.to(device), self.reads.to(device), teacher)
+
+
+class StepDataset(Dataset[Batch]):
+    """The batch of every step: a function of the seed, the step and the device's rank, so a run resumes exactly."""
+
+    def __init__(self, config: TrainConfig, factory: ExampleFactory, rank: int = 0) -> None:
+        self.config = config
+        self.factory = factory
+        self.rank = rank
+
+    def __len__(self) -> int:
+        return self.config.steps
+
+    def __getitem__(self, step: int) -> Batch:
+        task = self._task(step)
+        random = np.random.default_rng([self.config.seed, step, self.rank])
+        examples = [self.factory.draw(task, random) for _ in range(self.config.examples_per_step)]
+        segments = [segment for example in examples for segment in example.segments]
+        places = self.config.row_places
+        teachers = [example.teacher for example in examples if example.teacher is not None]
+        return Batch(
+            task,
+            build_layout(segments, positions=self.config.pic.positions, row_places=places),
+            build_rows([example.reads for example in examples], places),
+            build_rows(teachers, places) if teachers else None,
+        )
+
+    def _task(self, step: int) -> str:
+        """The step's task, drawn from its stage's weights; the same on every device."""
+        first = 0
+        for stage in self.config.stages:
+            if step < first + stage.steps:
+                break
+            first += stage.steps
+        names, weights = zip(*sorted(stage.tasks.items()), strict=True)
+        random = np.random.default_rng([self.config.seed, step])
+        return str(random.choice(names, p=np.array(weights) / sum(weights)))
+
+
+def build_rows(sequences: Sequence[Dialogue], row_places: int) -> Rows:
+    """Pack generator sequences into rows; memory tokens are numbered in the order of the sequences."""
+    lengths = [len(sequence.ids) for sequence in sequences]
+    spots = pack(lengths, max(row_places, *lengths))
+    rows = 1 + max(row for row, _ in spots)
+    width = max(first + length for length, (_, first) in zip(lengths, spots, strict=True))
+    ids, position_ids = np.zeros((2, rows, width), dtype=np.int64)
+    slot = np.full((rows, width), -1, dtype=np.int64)
+    owner = np.broadcast_to(-1 - np.arange(width), (rows, width)).copy()
+    targets = []
+    slots = 0
+    for number, (sequence, (row, first)) in enumerate(zip(sequences, spots, strict=True)):
+        here = slice(first, first + len(sequence.ids))
+        is_memory = sequence.ids == MEMORY
+        count = int(is_memory.sum())
+        ids[row, here] = np.where(is_memory, 0, sequence.ids)
+        slot[row, here][is_memory] = slots + np.arange(count)
+        slots += count
+        position_ids[row, here] = np.arange(len(sequence.ids))
+        owner[row, here] = number
+        place = np.flatnonzero(sequence.is_target)
+        targets.append(np.stack([np.full(len(place), row), first + place - 1, sequence.ids[place]]))
+    arrays = (ids, slot, position_ids, owner, *np.concatenate(targets, axis=1))
+    return Rows(*(torch.from_numpy(array) for array in arrays))

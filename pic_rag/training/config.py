@@ -1,0 +1,144 @@
+"""What a training run is. Standard library and PyYAML only."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pic_rag.config import PicConfig
+
+TASKS = ("reconstruct", "continue", "questions")
+
+
+def _help(text: str, **kwargs: Any) -> Any:  # noqa: ANN401 - a dataclass field of any type
+    return field(metadata={"help": text}, **kwargs)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training with one mixture of tasks."""
+
+    steps: int = _help("optimiser steps")
+    tasks: Mapping[str, float] = _help("weight of each task: a step draws one of reconstruct, continue, questions")
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise ValueError(f"steps of a stage must be 1 or more, got {self.steps}.")
+        unknown = sorted(set(self.tasks) - set(TASKS))
+        if unknown or not any(self.tasks.values()):
+            raise ValueError(f"tasks of a stage must be weights of {', '.join(TASKS)}, got {dict(self.tasks)}.")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A training run; `train.yaml` files hold exactly these fields.
+
+    Raises:
+        ValueError: when a field breaks its rule.
+    """
+
+    out: str = _help("folder for checkpoints, metrics and the finished compressor")
+    stages: tuple[Stage, ...] = _help("what is trained, in order")
+    pic: PicConfig = _help("settings of the compressor", default=PicConfig())
+    base_model: str | None = _help("folder or hub id of the base model and generator; None: the embedded", default=None)
+    init_from: str | None = _help("compressor to start from; None: an untrained one", default=None)
+    texts: tuple[str, ...] = _help("text corpora: .txt, .jsonl(.gz) with `text`, or hf:ID", default=())
+    questions: Mapping[str, float] = _help("question files and their weights", default_factory=dict)
+    held_out: tuple[str, ...] = _help("files whose texts and questions are dropped from training", default=())
+    cache: str | None = _help("folder for tokenised corpora; None: `out`/tokens", default=None)
+    examples_per_step: int = _help("examples in an optimiser step, on every device", default=8)
+    text_tokens: tuple[int, int] = _help("shortest and longest text of a text example, in tokens", default=(64, 512))
+    target_tokens: int = _help("longest continuation to predict, in tokens", default=128)
+    turns: int = _help("questions asked of the same documents in one example, at most", default=4)
+    documents: int = _help("documents in a questions example, at most", default=5)
+    distractor_share: float = _help("share of one-document examples that get distractors", default=0.3)
+    slots_per_chunk: tuple[int, ...] = _help("slots_per_chunk drawn per example", default=(4,))
+    ratio_weights: tuple[float, ...] = _help("weights of `pic.ratios`; empty: equal", default=())
+    learning_rate: float = _help("of the LoRA", default=3e-4)
+    converter_rate_factor: float = _help("times learning_rate: converter and slot embedding", default=5.0)
+    reader_rank: int = _help("rank of the generator's reader LoRA; 0: the generator stays frozen", default=0)
+    reader_learning_rate: float = _help("of the reader LoRA", default=3e-4)
+    distillation: float = _help("weight of KL to the generator reading the text, on answer tokens", default=0.0)
+    warmup_steps: int = _help("steps to full learning rate", default=50)
+    decay_share: float = _help("last share of all steps over which the rate falls linearly to zero", default=0.2)
+    weight_decay: float = _help("of AdamW, on matrices", default=0.01)
+    clip: float = _help("largest gradient norm", default=1.0)
+    precision: str = _help("'bf16' or 'fp32', of models and activations; trained weights stay float32", default="bf16")
+    row_places: int = _help("room in a packed row", default=1024)
+    workers: int = _help("processes that build batches", default=1)
+    compile: bool = _help("torch.compile the encoder and the generator", default=False)
+    attn_implementation: str = _help("'sdpa', 'eager' or 'flex_attention'", default="sdpa")
+    checkpoint_minutes: float = _help("minutes between resumable checkpoints", default=10.0)
+    log_steps: int = _help("steps between lines of metrics.jsonl", default=10)
+    seed: int = _help("of everything drawn", default=0)
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages must hold at least one stage, got none.")
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(f"precision must be 'bf16' or 'fp32', got {self.precision!r}.")
+        if self.ratio_weights and len(self.ratio_weights) != len(self.pic.ratios):
+            raise ValueError(
+                f"ratio_weights must have one weight for each of pic.ratios {self.pic.ratios}, "
+                f"got {self.ratio_weights}."
+            )
+        wanted = {task for stage in self.stages for task, weight in stage.tasks.items() if weight}
+        if "questions" in wanted and not self.questions:
+            raise ValueError("questions must name a file when a stage trains on questions, got none.")
+        if wanted - {"questions"} and not self.texts:
+            raise ValueError("texts must name a corpus when a stage trains on text, got none.")
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @classmethod
+    def load(cls, path: str | Path, **overrides: Any) -> TrainConfig:  # noqa: ANN401 - any field
+        """Read a YAML file; relative paths in it stay relative to the working directory.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: when it is no mapping of the fields above.
+        """
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} must be YAML, got: {error}.") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} must be a YAML mapping of TrainConfig's fields, got {type(values).__name__}.")
+        return cls.from_dict({**values, **overrides})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """Build from plain JSON or YAML types; an unknown field raises ValueError by name."""
+        known = {entry.name for entry in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"Unknown training field {unknown[0]!r}. Known fields: {', '.join(sorted(known))}.")
+        missing = sorted({"out", "stages"} - set(values))
+        if missing:
+            raise ValueError(f"A training configuration must set {missing[0]!r}.")
+        converted: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+        }
+        converted["stages"] = tuple(Stage(**stage) for stage in values["stages"])
+        converted["pic"] = _pic(values.get("pic", {}))
+        return cls(**converted)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON types."""
+        return {**dataclasses.asdict(self), "pic": self.pic.to_dict()}
+
+
+def _pic(values: Mapping[str, Any] | PicConfig) -> PicConfig:
+    if isinstance(values, PicConfig):
+        return values
+    values = dict(values)
+    preset = values.pop("preset", None)
+    return PicConfig.preset(preset, **values) if preset else PicConfig.from_dict(values)

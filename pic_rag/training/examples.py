@@ -1,0 +1,244 @@
+"""Training examples: what the encoder compresses, and what the generator reads and has to say.
+
+An example is drawn from a random generator, so the same seed and step give the same example on any machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pic_rag.chunking import Segment, fold, place_slots
+from pic_rag.handles import split_handles
+from pic_rag.prompts import INSTRUCTION, rag_messages
+from pic_rag.training.config import TrainConfig
+from pic_rag.training.corpora import QuestionTable, Record, TokenTable
+
+MEMORY = -1  # stands in a sequence where a memory token goes
+Messages = list[dict[str, str]]
+PromptShape = Callable[[str, Sequence[str]], Messages]
+
+
+@dataclass(frozen=True, eq=False)
+class Dialogue:
+    """What the generator reads: `(tokens,)` ids with MEMORY where memory tokens go, and which it has to predict."""
+
+    ids: np.ndarray
+    is_target: np.ndarray
+
+    @classmethod
+    def join(cls, pieces: Sequence[tuple[np.ndarray, bool]]) -> Dialogue:
+        """Put `(ids, is_target)` pieces behind one another."""
+        ids = np.concatenate([piece for piece, _ in pieces])
+        return cls(ids, np.concatenate([np.full(len(piece), target) for piece, target in pieces]))
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One training example.
+
+    Attributes:
+        segments: encoder input; its slots, in order, fill the MEMORY places of `reads`.
+        reads: the generator's sequence with memories.
+        teacher: the same with text in place of memories and the same targets; None without distillation.
+    """
+
+    segments: list[Segment]
+    reads: Dialogue
+    teacher: Dialogue | None = None
+
+
+def _plain(question: str, passages: Sequence[str]) -> Messages:
+    return [{"role": "user", "content": "\n\n".join([*passages, question])}]
+
+
+def _context_then_question(question: str, passages: Sequence[str]) -> Messages:
+    context = "\n\n".join(passages)
+    return [{"role": "user", "content": f"Context:\n{context}\n\nQuestion: {question}\nAnswer:"}]
+
+
+def _framework(question: str, passages: Sequence[str]) -> Messages:
+    context = "\n\n".join(passages)
+    asked = (
+        "Context information is below.\n---------------------\n"
+        f"{context}\n---------------------\n"
+        "Given the context information and not prior knowledge, answer the query.\n"
+        f"Query: {question}\nAnswer: "
+    )
+    return [{"role": "user", "content": asked}]
+
+
+def _system(question: str, passages: Sequence[str]) -> Messages:
+    context = "\n\n".join(passages)
+    system = f"You are an assistant for question-answering tasks. Use the context to answer.\n\n{context}"
+    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+
+
+def _question_first(question: str, passages: Sequence[str]) -> Messages:
+    context = "\n".join(f"- {passage}" for passage in passages)
+    return [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}\n\n{context}"}]
+
+
+PROMPT_SHAPES: tuple[tuple[float, PromptShape], ...] = (
+    (0.5, rag_messages),
+    (0.1, _plain),
+    (0.1, _context_then_question),
+    (0.1, _framework),
+    (0.1, _system),
+    (0.1, _question_first),
+)
+"""Weights and forms of the prompts that the frameworks really send."""
+
+_REPEAT = "Repeat the document word for word."
+
+
+class ExampleFactory:
+    """Draws examples of each task from tokenised corpora."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        tokenizer: Any,  # noqa: ANN401 - any Hugging Face tokenizer
+        texts: TokenTable | None,
+        questions: Mapping[QuestionTable, float],
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.texts = texts
+        self.questions = list(questions)
+        weights = np.array(list(questions.values()), dtype=float)
+        self._question_weights = weights / weights.sum() if len(weights) else weights
+        self._draw: dict[str, Callable[[np.random.Generator], Example]] = {
+            "reconstruct": self._reconstruct,
+            "continue": self._continue,
+            "questions": self._ask,
+        }
+
+    def draw(self, task: str, random: np.random.Generator) -> Example:
+        """One example of a task."""
+        return self._draw[task](random)
+
+    def _reconstruct(self, random: np.random.Generator) -> Example:
+        text = self._excerpt(random, 0)
+        segments = self._compress([text], random)
+        prompt = self._render([{"role": "user", "content": f"{_handle(0)}\n\n{_REPEAT}"}])
+        pieces = self._tokenize(prompt, [_memory_places(segments)])
+        end = np.array([self.tokenizer.eos_token_id])
+        return Example(segments, Dialogue.join([*pieces, (text, True), (end, True)]))
+
+    def _continue(self, random: np.random.Generator) -> Example:
+        excerpt = self._excerpt(random, self.config.target_tokens)
+        cut = max(1, len(excerpt) - self.config.target_tokens)
+        segments = self._compress([excerpt[:cut]], random)
+        return Example(segments, Dialogue.join([(_memory_places(segments), False), (excerpt[cut:], True)]))
+
+    def _ask(self, random: np.random.Generator) -> Example:
+        table = self.questions[random.choice(len(self.questions), p=self._question_weights)]
+        group = table.groups[random.integers(len(table.groups))]
+        asked = [group[number] for number in random.permutation(len(group))[: self.config.turns]]
+        documents = [table.contexts[table.number[text]] for text in self._documents(asked, table, random)]
+        segments: list[list[Segment]] = [self._compress([document], random) for document in documents]
+        shape = PROMPT_SHAPES[random.choice(len(PROMPT_SHAPES), p=[weight for weight, _ in PROMPT_SHAPES])][1]
+        spans = self._conversation(asked, shape, len(documents), random)
+        reads = self._sequence(spans, [_memory_places(parts) for parts in segments])
+        teacher = self._sequence(spans, documents) if self.config.distillation else None
+        return Example([segment for parts in segments for segment in parts], reads, teacher)
+
+    def _documents(self, asked: list[Record], table: QuestionTable, random: np.random.Generator) -> list[str]:
+        """The contexts to show: the gold one always, distractors from the record or from neighbouring records."""
+        record = asked[0]
+        gold = [record.contexts[number] for number in record.gold] or record.contexts[:1]
+        others = [text for text in record.contexts if text not in gold]
+        limit = max(len(gold), int(random.integers(1, self.config.documents + 1)))
+        if not others and random.random() < self.config.distractor_share:
+            others = self._neighbours(record, table, random)
+        random.shuffle(others)
+        shown = gold + others[: limit - len(gold)]
+        random.shuffle(shown)
+        return shown
+
+    def _neighbours(self, record: Record, table: QuestionTable, random: np.random.Generator) -> list[str]:
+        here = table.number[record.contexts[0]]
+        names = list(table.number)
+        near = here + random.integers(-8, 9, size=self.config.documents)
+        return [names[number] for number in set(near.tolist()) if 0 <= number < len(names) and number != here]
+
+    def _conversation(
+        self, asked: list[Record], shape: PromptShape, documents: int, random: np.random.Generator
+    ) -> list[tuple[str, bool]]:
+        """The rendered chat as (text, is_target) spans: every answer is a target, its end token included."""
+        answers = [record.answers[random.integers(len(record.answers))] for record in asked]
+        messages = shape(asked[0].question, [_handle(number) for number in range(documents)])
+        spans: list[tuple[str, bool]] = []
+        written = ""
+        for turn, answer in enumerate(answers):
+            if turn:
+                messages.append({"role": "user", "content": asked[turn].question})
+            prompt = self._render(messages)
+            said = answer + self.tokenizer.eos_token
+            spans += [(prompt.removeprefix(written), False), (said, True)]
+            written = prompt + said
+            messages.append({"role": "assistant", "content": answer})
+        return spans
+
+    def _sequence(self, spans: Sequence[tuple[str, bool]], documents: Sequence[np.ndarray]) -> Dialogue:
+        pieces: list[tuple[np.ndarray, bool]] = []
+        for text, is_target in spans:
+            pieces += [(self._ids(text), True)] if is_target else self._tokenize(text, documents)
+        return Dialogue.join(pieces)
+
+    def _tokenize(self, text: str, documents: Sequence[np.ndarray]) -> list[tuple[np.ndarray, bool]]:
+        """Token ids of a prompt, piece by piece, each handle replaced by what stands for its document."""
+        return [
+            (documents[_number(piece)] if is_handle else self._ids(piece), False)
+            for is_handle, piece in split_handles(text)
+            if piece
+        ]
+
+    def _excerpt(self, random: np.random.Generator, extra_tokens: int) -> np.ndarray:
+        """A stretch of a text: log-uniform length within `text_tokens`, plus some, where the text is long enough."""
+        if self.texts is None:
+            raise ValueError("texts must name a corpus for a text task, got none.")
+        shortest, longest = self.config.text_tokens
+        wanted = int(np.exp(random.uniform(np.log(shortest), np.log(longest + 1)))) + extra_tokens
+        while True:
+            position = random.integers(self.texts.ends[-1])
+            text = self.texts[int(np.searchsorted(self.texts.ends, position, side="right")) - 1]
+            if len(text) >= min(wanted, shortest):
+                start = random.integers(max(1, len(text) - wanted + 1))
+                return text[start : start + wanted]
+
+    def _compress(self, documents: Sequence[np.ndarray], random: np.random.Generator) -> list[Segment]:
+        """Segments of some documents at one random ratio and one random number of slots a chunk."""
+        pic = self.config.pic
+        weights = np.array(self.config.ratio_weights or [1.0] * len(pic.ratios))
+        ratio = int(random.choice(pic.ratios, p=weights / weights.sum()))
+        slots_per_chunk = int(random.choice(self.config.slots_per_chunk))
+        cuts = [
+            document[start : start + pic.segment_tokens]
+            for document in documents
+            for start in range(0, len(document), pic.segment_tokens)
+        ]
+        segments = [place_slots(cut, ratio, slots_per_chunk) for cut in cuts]
+        return [part for segment in segments for part in fold(segment)] if pic.foldable else segments
+
+    def _render(self, messages: Messages) -> str:
+        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _ids(self, text: str) -> np.ndarray:
+        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+
+
+def _handle(number: int) -> str:
+    return f"[[pic:{number:032x}]]"
+
+
+def _number(handle: str) -> int:
+    return int(handle[6:-2], 16)
+
+
+def _memory_places(segments: Sequence[Segment]) -> np.ndarray:
+    return np.full(sum(len(segment.chunk) for segment in segments), MEMORY, dtype=np.int64)

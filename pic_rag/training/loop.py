@@ -1,0 +1,307 @@
+"""The training loop: one device, or several under `accelerate launch`; resumable to the step."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from pic_rag.backbone import ModelRef, load_backbone, reader_id
+from pic_rag.checkpoint import READER_FOLDER, Checkpoint
+from pic_rag.encoder import PicEncoder
+from pic_rag.training.batch import Batch, StepDataset
+from pic_rag.training.config import TrainConfig
+from pic_rag.training.corpora import QuestionTable, held_out_hashes, text_table
+from pic_rag.training.examples import ExampleFactory
+from pic_rag.training.objective import Objective
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "training_state.pt"
+METRICS_FILE = "metrics.jsonl"
+COMPRESSOR_FOLDER = "compressor"
+
+
+def train(config: TrainConfig, *, minutes: float | None = None, progress: bool | None = None) -> Path:
+    """Run a training configuration to its end, from its last checkpoint if there is one.
+
+    Args:
+        config: the run. Its `out` receives `metrics.jsonl`, `training_state.pt` and `compressor/`.
+        minutes: stop after that long, with a checkpoint to resume from.
+        progress: False hides the bar; None shows it on a terminal.
+
+    Returns:
+        The folder of the compressor as trained so far.
+
+    Raises:
+        ValueError: when the run in `out` was started with another configuration.
+    """
+    return Trainer(config, Accelerator()).run(minutes, progress)
+
+
+class Trainer:
+    """A run: its models, its optimiser, and where it stands."""
+
+    def __init__(self, config: TrainConfig, accelerator: Accelerator) -> None:
+        self.config = config
+        self.accelerator = accelerator
+        self.out = Path(config.out)
+        self.out.mkdir(parents=True, exist_ok=True)
+        torch.manual_seed(config.seed)
+        base = load_backbone(
+            config.base_model,
+            device=accelerator.device,
+            dtype="bfloat16" if config.precision == "bf16" else "float32",
+            attn_implementation=config.attn_implementation,
+        )
+        self.backbone = base
+        self.base = base.ref
+        self.encoder = PicEncoder(base.model, config.pic, base.model.get_input_embeddings())
+        self.generator = _prepare_generator(base.model, config)
+        if config.init_from:
+            self._start_from(config.init_from)
+        for module in (self.encoder, self.generator):
+            torch.nn.Module.to(module, dtype=base.model.dtype)
+        self.trained = [*_trainable(self.encoder), *_trainable(self.generator)]
+        self.master = [parameter.detach().float().clone() for parameter in self.trained]
+        self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), fused=True)
+        self.model = accelerator.prepare(Objective(self.encoder, self.generator, config.distillation))
+        if config.compile:
+            self.encoder.decoder.compile(dynamic=True)
+            self.generator.get_decoder().compile(dynamic=True)
+        self.step = 0
+        self.seconds = 0.0
+        self._resume()
+
+    def run(self, minutes: float | None, progress: bool | None) -> Path:
+        """Train from where the run stands to its end, or for some minutes."""
+        steps = range(self.step, self.config.steps)
+        batches = _loader(self._dataset(), steps, self.config.workers)
+        started = saved = time.monotonic()
+        hidden = progress is False or not self.accelerator.is_main_process
+        log = _MetricsLog(self.out / METRICS_FILE, self.step, self.config) if self.accelerator.is_main_process else None
+        with tqdm(total=self.config.steps, initial=self.step, desc="train", disable=hidden or None) as bar:
+            for batch in batches:
+                loss, accuracy, gradient = self._take_step(batch)
+                self.step += 1
+                bar.update()
+                now = time.monotonic()
+                if log is not None:
+                    log.add(batch, loss, accuracy, gradient, self._rate(self.step - 1))
+                    if self.step % self.config.log_steps == 0 or self.step == self.config.steps:
+                        bar.set_postfix(log.write(self.step, self.seconds + now - started))
+                if now - saved > 60 * self.config.checkpoint_minutes:
+                    self._save(self.seconds + now - started)
+                    saved = time.monotonic()
+                if minutes is not None and now - started > 60 * minutes:
+                    break
+        self._save(self.seconds + time.monotonic() - started)
+        return self.out / COMPRESSOR_FOLDER
+
+    def _take_step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        rate = self._rate(self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * rate
+        batch = batch.to(self.accelerator.device)
+        loss, accuracy = self.model(batch)
+        self.accelerator.backward(loss)
+        for master, parameter in zip(self.master, self.trained, strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        gradient = torch.nn.utils.clip_grad_norm_(self.master, self.config.clip)
+        self.optimizer.step()
+        self._publish()
+        return loss.detach(), accuracy.detach(), gradient.detach()
+
+    def _publish(self) -> None:
+        """Copy the float32 master weights into the model, which computes in its own dtype."""
+        with torch.no_grad():
+            for parameter, master in zip(self.trained, self.master, strict=True):
+                parameter.copy_(master)
+
+    def _rate(self, step: int) -> float:
+        """Share of the peak learning rate: warm-up, constant, then linearly to zero."""
+        config = self.config
+        decay_steps = max(1, math.ceil(config.steps * config.decay_share))
+        return min(1.0, (step + 1) / max(1, config.warmup_steps), (config.steps - step) / decay_steps)
+
+    def _dataset(self) -> StepDataset:
+        config = self.config
+        cache = Path(config.cache) if config.cache else self.out / "tokens"
+        with self.accelerator.main_process_first():
+            held_out = held_out_hashes(config.held_out)
+            texts = text_table(config.texts, cache, self.backbone.tokenizer, held_out) if config.texts else None
+            questions = {
+                QuestionTable(source, cache, self.backbone.tokenizer, held_out): weight
+                for source, weight in config.questions.items()
+            }
+        factory = ExampleFactory(config, self.backbone.tokenizer, texts, questions)
+        return StepDataset(config, factory, self.accelerator.process_index)
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """AdamW's parameter groups: LoRA, converter and slot embedding, reader; `peak` is each one's highest rate."""
+        config = self.config
+        names = [name for name, parameter in self.encoder.named_parameters() if parameter.requires_grad]
+        parts: dict[str, list[torch.Tensor]] = {"lora": [], "head": [], "reader": []}
+        for number, master in enumerate(self.master):
+            inside = number < len(names)
+            part = ("lora" if names[number].startswith("decoder.") else "head") if inside else "reader"
+            parts[part].append(master)
+        rates = {
+            "lora": config.learning_rate,
+            "head": config.learning_rate * config.converter_rate_factor,
+            "reader": config.reader_learning_rate,
+        }
+        return [
+            {"params": part, "peak": rates[name], "lr": rates[name], "weight_decay": config.weight_decay}
+            for name, part in parts.items()
+            if part
+        ]
+
+    def _start_from(self, folder: str) -> None:
+        start = Checkpoint.load(folder)
+        self.encoder.load_trained_state(start.weights)
+        if start.reader is not None and isinstance(self.generator, PeftModel):
+            self.generator.load_adapter(str(start.reader), "default", is_trainable=True)
+
+    def _save(self, seconds: float) -> None:
+        """Write the resumable state and the compressor; each file appears whole."""
+        if not self.accelerator.is_main_process:
+            return
+        state = {
+            "step": self.step,
+            "seconds": seconds,
+            "config": _identity(self.config),
+            "trained": self.master,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(state, self.out / f"{STATE_FILE}.part")
+        os.replace(self.out / f"{STATE_FILE}.part", self.out / STATE_FILE)
+        self._export(self.out / COMPRESSOR_FOLDER)
+
+    def _export(self, folder: Path) -> None:
+        """Write the compressor in bfloat16, and the reader as a peft adapter beside it."""
+        reader = None
+        generator = self.base
+        if isinstance(self.generator, PeftModel):
+            reader = folder / READER_FOLDER
+            _save_reader(self.generator, reader)
+            generator = ModelRef(self.base.name, reader_id(self.base.id, reader))
+        weights = {
+            name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in self.encoder.trained_state().items()
+        }
+        Checkpoint(self.config.pic, self.base, generator, weights, reader).save(folder)
+
+    def _resume(self) -> None:
+        path = self.out / STATE_FILE
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+        if state["config"] != _identity(self.config):
+            raise ValueError(
+                f"out must be a new folder or hold the same run, got {str(self.out)!r} with another configuration. "
+                "Choose another folder, or delete this one."
+            )
+        for master, saved in zip(self.master, state["trained"], strict=True):
+            master.copy_(saved)
+        self._publish()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        logger.info("resumed %s at step %d", self.out, self.step)
+
+
+class _MetricsLog:
+    """Means over `log_steps`, one JSON object a line; numbers leave the device only when a line is written."""
+
+    def __init__(self, path: Path, step: int, config: TrainConfig) -> None:
+        self.path = path
+        if step == 0:
+            path.write_text(json.dumps({"config": config.to_dict(), "versions": _versions()}) + "\n", encoding="utf-8")
+        self._clear()
+
+    def add(
+        self, batch: Batch, loss: torch.Tensor, accuracy: torch.Tensor, gradient: torch.Tensor, rate: float
+    ) -> None:
+        self.losses.setdefault(batch.task, []).append(loss)
+        self.accuracies.setdefault(batch.task, []).append(accuracy)
+        self.gradients.append(gradient)
+        self.rate = rate
+        self.tokens += batch.layout.token_ids.numel() + batch.reads.ids.numel()
+
+    def write(self, step: int, seconds: float) -> dict[str, float]:
+        line: dict[str, float] = {"step": step, "seconds": round(seconds, 1), "rate": self.rate}
+        line["gradient_norm"] = torch.stack(self.gradients).mean().item()
+        line["tokens_per_second"] = self.tokens / (time.monotonic() - self.since)
+        for task, losses in self.losses.items():
+            line[f"{task}_loss"] = torch.stack(losses).mean().item()
+            line[f"{task}_accuracy"] = torch.stack(self.accuracies[task]).mean().item()
+        with self.path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(line) + "\n")
+        self._clear()
+        return {name: value for name, value in line.items() if name.endswith(("loss", "accuracy"))}
+
+    def _clear(self) -> None:
+        self.losses: dict[str, list[torch.Tensor]] = {}
+        self.accuracies: dict[str, list[torch.Tensor]] = {}
+        self.gradients: list[torch.Tensor] = []
+        self.rate = 0.0
+        self.tokens = 0
+        self.since = time.monotonic()
+
+
+def _trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _prepare_generator(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel | PeftModel:
+    model.requires_grad_(False)
+    if not config.reader_rank:
+        return model
+    lora = LoraConfig(
+        r=config.reader_rank,
+        lora_alpha=config.reader_rank,
+        target_modules="all-linear",
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, lora)
+
+
+def _save_reader(generator: PeftModel, folder: Path) -> None:
+    generator.save_pretrained(str(folder))
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; the compressor's speaks for both
+
+
+def _loader(dataset: StepDataset, steps: range, workers: int) -> DataLoader[Batch]:
+    return DataLoader(
+        dataset, batch_size=None, sampler=list(steps), num_workers=workers, prefetch_factor=4 if workers else None
+    )
+
+
+def _identity(config: TrainConfig) -> dict[str, Any]:
+    """What must stay the same in a resumed run: all but the number of steps, which may grow, and how it is logged."""
+    free = ("stages", "out", "checkpoint_minutes", "log_steps", "workers", "cache", "compile")
+    return {name: value for name, value in json.loads(json.dumps(config.to_dict())).items() if name not in free}
+
+
+def _versions() -> dict[str, str]:
+    import peft
+    import transformers
+
+    modules = {"torch": torch, "transformers": transformers, "peft": peft}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"python": platform.python_version(), "device": device} | {
+        name: module.__version__ for name, module in modules.items()
+    }

@@ -1,0 +1,89 @@
+"""The loss: the generator reads memories and has to say the targets, as surely as when it reads the text."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from pic_rag.encoder import PicEncoder
+from pic_rag.mask import dense_mask, flex_mask
+from pic_rag.training.batch import Batch, Rows
+
+TARGETS_AT_ONCE = 8192
+"""Targets whose logits exist at the same time: `TARGETS_AT_ONCE * vocabulary` values."""
+
+
+class Objective(nn.Module):
+    """Encoder and generator in one module, so that a distributed wrapper sees a single forward.
+
+    Args:
+        encoder: trained.
+        generator: a causal LM, frozen but for its reader LoRA, if peft has put one in it.
+        distillation: weight of the KL to the generator without its reader, reading text.
+    """
+
+    def __init__(self, encoder: PicEncoder, generator: PreTrainedModel | PeftModel, distillation: float) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.generator = generator
+        self.distillation = distillation
+
+    def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean loss a target token, and the share of targets that are the likeliest token, both `()` float32."""
+        hidden = self._read(batch.reads, self.encoder(batch.layout))  # (targets, hidden)
+        teacher = None
+        if batch.teacher is not None and self.distillation:
+            with torch.no_grad(), self._without_reader():
+                teacher = self._read(batch.teacher, None)
+        targets = batch.reads.target_ids
+        loss = torch.zeros((), device=hidden.device)
+        correct = torch.zeros((), device=hidden.device)
+        for start in range(0, len(targets), TARGETS_AT_ONCE):
+            part = slice(start, start + TARGETS_AT_ONCE)
+            part_loss, part_correct = checkpoint(
+                self._score,
+                hidden[part],
+                targets[part],
+                None if teacher is None else teacher[part],
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            loss, correct = loss + part_loss, correct + part_correct
+        return loss / len(targets), correct / len(targets)
+
+    def _score(
+        self, hidden: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Summed loss and number of right guesses of `(targets, hidden)`."""
+        head = self.generator.get_output_embeddings()
+        logits = head(hidden).float()  # (targets, vocabulary)
+        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        if teacher is not None:
+            with torch.no_grad():
+                wanted = head(teacher).float().log_softmax(-1)
+            divergence = nn.functional.kl_div(logits.log_softmax(-1), wanted, reduction="sum", log_target=True)
+            loss = loss + self.distillation * divergence
+        return loss, (logits.argmax(-1) == targets).sum()
+
+    def _read(self, rows: Rows, memories: torch.Tensor | None) -> torch.Tensor:
+        """`(targets, hidden)` last hidden states of the generator at the places that predict a target."""
+        embeddings = self.generator.get_input_embeddings()(rows.ids)  # (rows, places, hidden)
+        if memories is not None:
+            memory = memories.to(embeddings.dtype)[rows.slot.clamp(min=0)]
+            embeddings = torch.where((rows.slot >= 0)[..., None], memory, embeddings)
+        scopes = {"text_scope": "segment", "memory_scope": "segment"}
+        flex = self.generator.config._attn_implementation == "flex_attention"
+        mask = flex_mask(rows.places, **scopes) if flex else dense_mask(rows.places, embeddings.dtype, **scopes)
+        decoder = self.generator.get_decoder()
+        states = decoder(
+            inputs_embeds=embeddings, position_ids=rows.position_ids, attention_mask=mask, use_cache=False
+        ).last_hidden_state
+        return states[rows.target_row, rows.target_place]
+
+    def _without_reader(self) -> AbstractContextManager[None]:
+        return self.generator.disable_adapter() if isinstance(self.generator, PeftModel) else nullcontext()
