@@ -26,6 +26,7 @@ _ROOMS = {
     "ShardStore": "store",
     "StoreError": "store",
     "UnknownHandleError": "handles",
+    "cache_folder": "embedded",
     "escape_handles": "handles",
     "find_handles": "handles",
     "load_documents": "documents",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from pic_rag.compressor import Compressor
     from pic_rag.config import PicConfig
     from pic_rag.documents import Document, load_documents
+    from pic_rag.embedded import cache_folder
     from pic_rag.generator import Generation, Generator
     from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, unescape_handles
     from pic_rag.memory import Memory, MemoryFormatError

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from pic_rag import embedded
-from pic_rag.backbone import ModelRef
+from pic_rag.backbone import ModelRef, reader_id
 from pic_rag.config import PicConfig
 
 FORMAT_VERSION = 1
@@ -55,13 +55,13 @@ class Checkpoint:
         """
         folder = _find_folder(name_or_path)
         settings = _read_settings(folder / CONFIG_FILE)
-        reader = folder / READER_FOLDER
+        generator = ModelRef(**settings["generator"])
         return cls(
             config=PicConfig.from_dict(settings["pic"]),
             base=ModelRef(**settings["base"]),
-            generator=ModelRef(**settings["generator"]),
+            generator=generator,
             weights=_read_weights(folder / WEIGHTS_FILE),
-            reader=reader if reader.is_dir() else None,
+            reader=_find_reader(folder / READER_FOLDER, generator.id),
         )
 
     def save(self, folder: str | Path) -> None:
@@ -114,14 +114,34 @@ def _read_settings(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError as error:
         raise ValueError(f"{path} must be JSON, got {error}. Fetch or train the checkpoint again.") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(settings).__name__}: it is no compressor's.")
     missing = {"format_version", "pic", "base", "generator"} - settings.keys()
     if missing:
         raise ValueError(f"{path} must name {', '.join(sorted(missing))}: it is no pic-rag compressor, or is damaged.")
+    for part, names in (("pic", set()), ("base", {"name", "id"}), ("generator", {"name", "id"})):
+        if not isinstance(settings[part], dict) or (names and settings[part].keys() != names):
+            raise ValueError(f"{part} in {path} must hold {sorted(names) or 'settings'}, got {settings[part]!r}.")
     if settings["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"format_version must be {FORMAT_VERSION}, got {settings['format_version']} in {path}. Upgrade pic-rag."
         )
     return dict(settings)
+
+
+def _find_reader(folder: Path, generator: str) -> Path | None:
+    """The reader that the generator's id speaks of; a folder that it does not speak of is another compressor's."""
+    model, plus, _ = generator.rpartition("@")[2].partition("+")
+    if not plus:
+        return None
+    weights = folder / "adapter_model.safetensors"
+    if not weights.is_file():
+        raise FileNotFoundError(
+            f"The memories of this compressor need their reader, got none at {str(weights)!r}. Fetch it again."
+        )
+    if reader_id(model, folder) != generator.rpartition("@")[2]:
+        raise ValueError(f"{weights} must be the reader that {CONFIG_FILE} names, got another. Fetch it again.")
+    return folder
 
 
 def _read_weights(path: Path) -> dict[str, torch.Tensor]:

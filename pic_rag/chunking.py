@@ -15,7 +15,7 @@ import numpy as np
 WINDOW_CHARACTERS = 200_000
 """Characters tokenised at once, so that memory does not grow with the length of a text."""
 
-_BREAK = re.compile(r"\s(?=\S)")
+_BREAK = re.compile(r"(?<=\S)\s(?=\S)")  # not inside a run of white space: tokenizers make one token of a run
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pic_rag.backbone import Backbone, load_backbone
+from pic_rag.backbone import Backbone, ModelRef, load_backbone
 from pic_rag.checkpoint import Checkpoint
 from pic_rag.chunking import Segment, fold, place_slots, token_segments
 from pic_rag.config import PicConfig
@@ -68,7 +68,7 @@ class Compressor:
         base_model: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        attn_implementation: str | None = "sdpa",
+        attn_implementation: str | None = None,
     ) -> Compressor:
         """Load a trained compressor.
 
@@ -77,7 +77,7 @@ class Compressor:
             base_model: where the base model is, when it is not where the checkpoint says.
             device: None picks cuda, mps or cpu.
             dtype: compute dtype; None picks the device's fast one.
-            attn_implementation: "sdpa", "eager" or "flex_attention".
+            attn_implementation: "sdpa", "eager" or "flex_attention"; None leaves it to transformers.
 
         Raises:
             FileNotFoundError: when there is no checkpoint.
@@ -85,14 +85,13 @@ class Compressor:
         """
         checkpoint = Checkpoint.load(name_or_path)
         load = partial(load_backbone, device=device, dtype=dtype, attn_implementation=attn_implementation)
-        base = load(base_model or checkpoint.base.name)
+        base = _load_base(load, base_model or checkpoint.base.name)
         if _digest(base.ref.id) != _digest(checkpoint.base.id):
             raise ValueError(
                 f"The base model must be {checkpoint.base.id!r}, which this compressor was trained on, got "
                 f"{base.ref.id!r}. Pass the right folder or hub id as base_model."
             )
-        reads_itself = checkpoint.generator.name == checkpoint.base.name
-        generator = base if reads_itself else load(checkpoint.generator.name)
+        generator = _load_generator(load, base, checkpoint.generator)
         encoder = PicEncoder(base.model, checkpoint.config, generator.model.get_input_embeddings())
         encoder.load_trained_state(checkpoint.weights)
         encoder.merge_lora()
@@ -119,7 +118,8 @@ class Compressor:
             **loading: `device`, `dtype`, `attn_implementation`, for a model given by name.
 
         Raises:
-            ValueError: when a model object comes without its tokenizer.
+            ValueError: when a model object comes without its tokenizer, has no rotary positions, or when the
+                generator's vocabulary cannot be the tokenizer's.
         """
         if isinstance(model, PreTrainedModel):
             if tokenizer is None:
@@ -131,7 +131,16 @@ class Compressor:
             base = load_backbone(model, **loading)
         reader = base if generator is None else Backbone(generator, base.tokenizer, _name(generator))
         config = config or PicConfig()
-        encoder = PicEncoder(base.model, config, reader.model.get_input_embeddings())
+        embeddings = reader.model.get_input_embeddings()
+        vocabulary = len(cast("torch.Tensor", embeddings.weight))
+        if config.residual_pool and vocabulary < len(base.tokenizer):
+            raise ValueError(
+                f"generator must share the base model's tokenizer of {len(base.tokenizer)} tokens, got a vocabulary of "
+                f"{vocabulary}. Set residual_pool=False for a generator with another tokenizer."
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # equal models and settings make equal fingerprints, so a store of memories stays good
+            encoder = PicEncoder(base.model, config, embeddings)
         weights = {name: tensor.detach().cpu().clone() for name, tensor in encoder.trained_state().items()}
         return cls(Checkpoint(config, base.ref, reader.ref, weights), encoder, base.tokenizer)
 
@@ -198,7 +207,7 @@ class Compressor:
         """
         ratio = self.config.check_ratio(ratio)
         rows = _require_batch_size(batch_size)
-        _check_texts(texts)
+        texts = _check_texts(texts)
         pieces: list[list[torch.Tensor]] = [[] for _ in texts]
         text_tokens = [0] * len(texts)
         characters = sum(map(len, texts))
@@ -279,9 +288,33 @@ def _fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
-def _check_texts(texts: Iterable[str]) -> None:
+def _load_base(load: Callable[..., Backbone], name_or_path: str | Path) -> Backbone:
+    try:
+        return load(name_or_path)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"The base model must be a folder or a hub id, got {str(name_or_path)!r}: {error} "
+            "Pass the folder or hub id it is at now as base_model."
+        ) from error
+
+
+def _load_generator(load: Callable[..., Backbone], base: Backbone, generator: ModelRef) -> Backbone:
+    digest = _digest(generator.id).partition("+")[0]  # without its reader's
+    if digest == _digest(base.ref.id):
+        return base
+    loaded = load(generator.name)
+    if _digest(loaded.ref.id) != digest:
+        raise ValueError(
+            f"The generator must be {generator.id!r}, which this compressor writes memories for, got "
+            f"{loaded.ref.id!r}. Put the right model at {generator.name!r}."
+        )
+    return loaded
+
+
+def _check_texts(texts: Iterable[str]) -> list[str]:
     if isinstance(texts, str):
         raise TypeError("texts must be a list of strings, got one string. Write compress([text]).")
+    texts = list(texts)
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts must hold strings, got {type(text).__name__} at position {number}.")
@@ -292,13 +325,14 @@ def _check_texts(texts: Iterable[str]) -> None:
                 f"texts must be valid Unicode, got a lone surrogate at position {number}, character {error.start}. "
                 'Decode the file with errors="replace".'
             ) from error
+    return texts
 
 
 def _require_batch_size(batch_size: int | None) -> int:
     if batch_size is None:
         return BATCH_SIZE
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be 1 or more, got {batch_size}.")
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of 1 or more, got {batch_size!r}.")
     return batch_size
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, get_args
 
 TextScope = Literal["segment", "chunk"]
@@ -33,7 +34,7 @@ class PicConfig:
 
     ratio: int = _field(4, "text tokens per memory token when the caller names no ratio")
     ratios: tuple[int, ...] = _field(
-        (4, 8, 16, 32, 64), "ratios the compressor serves, in text tokens per memory token"
+        (2, 4, 8, 16, 32, 64), "ratios the compressor serves, in text tokens per memory token"
     )
     slots_per_chunk: int = _field(4, "slots in a full chunk; chunk_tokens = slots_per_chunk * ratio")
     segment_tokens: int = _field(512, "text tokens in one encoder sequence, at most")
@@ -47,11 +48,10 @@ class PicConfig:
     lora_alpha: int = _field(32, "LoRA scale is lora_alpha / lora_rank")
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ratios", tuple(sorted(self.ratios)))
+        object.__setattr__(self, "ratios", _rising("ratios", self.ratios))
         for name in ("ratio", "slots_per_chunk", "segment_tokens", "lora_alpha"):
             _require_positive(name, getattr(self, name))
         for ratio in self.ratios:
-            _require_positive("ratios", ratio)
             if self.segment_tokens % ratio:
                 raise ValueError(
                     f"segment_tokens must be a multiple of every ratio, got segment_tokens={self.segment_tokens} "
@@ -59,8 +59,10 @@ class PicConfig:
                 )
         if self.encoder_layers is not None:
             _require_positive("encoder_layers", self.encoder_layers)
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must be 0 or more, got {self.lora_rank}.")
+        if self.lora_rank != 0:
+            _require_positive("lora_rank", self.lora_rank)
+        if not isinstance(self.residual_pool, bool):
+            raise ValueError(f"residual_pool must be true or false, got {self.residual_pool!r}.")
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}.")
@@ -69,9 +71,9 @@ class PicConfig:
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> PicConfig:  # noqa: ANN401 - any field of the config
         """The configuration called `pic`, `local` or `global`, with any field overridden."""
-        if name not in PRESETS:
+        if name not in list(PRESETS):
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}.")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls.from_dict({**PRESETS[name], **overrides})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PicConfig:
@@ -94,15 +96,18 @@ class PicConfig:
         """
         if ratio is None:
             return self.ratio
-        if isinstance(ratio, bool) or ratio not in self.ratios:
+        if type(ratio) is not int or ratio not in self.ratios:
             served = ", ".join(map(str, self.ratios))
             raise ValueError(f"ratio must be one of {served} (the ratios this compressor serves), got {ratio!r}.")
         return ratio
 
     @property
     def foldable(self) -> bool:
-        """Whether chunks are independent of each other, so that they can be folded into the batch."""
-        return self.text_scope == "chunk" and self.memory_scope == "chunk"
+        """Whether chunks are independent of each other, so that they can be folded into the batch.
+
+        Appended slots are not: their positions follow the whole segment's text.
+        """
+        return self.text_scope == "chunk" and self.memory_scope == "chunk" and self.positions == "spread"
 
 
 _CHOICES = {
@@ -111,6 +116,17 @@ _CHOICES = {
     "positions": get_args(SlotPositions),
     "generator_positions": get_args(GeneratorPositions),
 }
+
+
+def _rising(name: str, values: Any) -> tuple[int, ...]:  # noqa: ANN401 - whatever the user gave
+    """The values as a tuple, in increasing order: weights given beside them belong to them one by one."""
+    if not isinstance(values, (list, tuple)) or not values:
+        raise ValueError(f"{name} must be a list of at least one whole number, got {values!r}.")
+    for value in values:
+        _require_positive(name, value)
+    if any(left >= right for left, right in pairwise(values)):
+        raise ValueError(f"{name} must be in increasing order without repeats, got {tuple(values)}.")
+    return tuple(values)
 
 
 def _require_positive(name: str, value: int) -> None:

@@ -128,6 +128,11 @@ class PicEncoder(nn.Module):
 
 def _cut_decoder(base: PreTrainedModel, config: PicConfig) -> PreTrainedModel:
     decoder = base.get_decoder()
+    if not hasattr(decoder, "layers") or not hasattr(decoder, "rotary_emb"):
+        raise ValueError(
+            f"The base model must be a causal LM with rotary positions, got {type(base).__name__}. "
+            "Llama, Qwen, Mistral and Gemma models are."
+        )
     layers = cast("nn.ModuleList", decoder.layers)
     keep = config.encoder_layers or len(layers)
     if keep > len(layers):

@@ -96,8 +96,8 @@ def read_questions(source: str | Path, *, gold_only: bool = False) -> Iterator[Q
             continue
         gold = tuple(context for context in question.contexts if context.is_gold)
         if gold_only and not gold:
-            rule = "a list with a context whose is_gold is true (or drop gold_only)"
-            raise _error(row.where, "contexts", rule, f"{len(question.contexts)} contexts without one")
+            flags = [context.is_gold for context in question.contexts]
+            raise _error(row.where, "is_gold of the contexts", "true for one at least, with gold_only", flags)
         yield replace(question, contexts=gold) if gold_only else question
     if unanswerable:
         logger.warning("%s: %d questions without an answer were skipped.", source, unanswerable)
@@ -110,7 +110,7 @@ def read_rows(source: str | Path) -> Iterator[Row]:
         FileNotFoundError: when there is no such file.
         ValueError: when the file is neither.
     """
-    return _read_squad(source) if str(source).endswith(".json") else _read_jsonl(source)
+    return _read_squad(source) if str(source).endswith(".json") else read_jsonl(source)
 
 
 def document_text(context: Mapping[str, Any]) -> str:
@@ -123,7 +123,13 @@ def document_text(context: Mapping[str, Any]) -> str:
     return f"{title}\n{context['text']}" if title else str(context["text"])
 
 
-def _read_jsonl(source: str | Path) -> Iterator[Row]:
+def read_jsonl(source: str | Path) -> Iterator[Row]:
+    """The JSON object of every line of a `.jsonl` or `.jsonl.gz` file; empty lines are skipped.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when a line holds something else, or the file is damaged.
+    """
     path = str(source)
     opened = gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8")
     number = 0
@@ -191,5 +197,4 @@ def _context(values: Any, alone: bool, where: str) -> Context:  # noqa: ANN401 -
 
 
 def _error(where: str, name: str, rule: str, got: object) -> ValueError:
-    shown = repr(got) if not isinstance(got, str) else got
-    return ValueError(f"{where}: {name} must be {rule}, got {shown[:80]}. Correct the file.")
+    return ValueError(f"{where}: {name} must be {rule}, got {repr(got)[:80]}. Correct the file.")

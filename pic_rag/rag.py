@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from pic_rag import embedded
+from pic_rag.backbone import load_backbone
 from pic_rag.compressor import Compressor
 from pic_rag.documents import Document, DocumentError, load_documents
 from pic_rag.generator import Generator
@@ -75,10 +76,10 @@ class Answer:
     compressor: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer as JSON types; the passages' texts stay out of it."""
+        """The answer as JSON types; the passages' texts and sources stay out of it."""
         values = asdict(self)
         for document in values["documents"]:
-            del document["text"]
+            del document["text"], document["source"]
         return values
 
 
@@ -140,9 +141,7 @@ class PicRag:
             dtype: None picks the device's fast one.
         """
         loaded = Compressor.from_pretrained(compressor, base_model=generator, device=device, dtype=dtype)
-        reading = Generator.from_pretrained(
-            generator or loaded.generator.name, reader=loaded.reader, device=device, dtype=dtype
-        )
+        reading = _load_generator(loaded, generator, device=device, dtype=dtype)
         return cls(Retriever(embedder), loaded, reading, store=store, namespace=namespace)
 
     @classmethod
@@ -171,7 +170,10 @@ class PicRag:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         self.retriever.save(target)
-        settings = {"compressor": self.compressor.name, "fingerprint": self.compressor.fingerprint}
+        name = self.compressor.name
+        if name is not None and Path(name).is_dir():
+            name = str(Path(name).resolve())  # the index may be opened from another folder
+        settings = {"compressor": name, "fingerprint": self.compressor.fingerprint}
         (target / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         kept = self.cache
         self.cache = MemoryCache(
@@ -311,6 +313,16 @@ class PicRag:
 
     def _token_ids(self, text: str) -> list[int]:
         return list(self.generator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _load_generator(compressor: Compressor, where: str | Path | None, **loading: Any) -> Generator:  # noqa: ANN401
+    """The compressor's generator, with its reader; equal weights elsewhere go by the name it knows."""
+    backbone = load_backbone(where or compressor.generator.name, **loading)
+    known, _, digest = compressor.generator.id.rpartition("@")
+    same = backbone.ref.id.rpartition("@")[2] == digest.partition("+")[0]
+    return Generator(
+        backbone.model, backbone.tokenizer, name=known if same else backbone.name, reader=compressor.reader
+    )
 
 
 class _Watch:

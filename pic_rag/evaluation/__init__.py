@@ -1,1 +1,1 @@
-"""How well each system answers: `metrics` -> `systems` (what is in the prompt) -> `runner` (a report)."""
+"""How well each system answers: `metrics`, `shortening` -> `systems` (what is in the prompt) -> `runner` (a report)."""

@@ -1,6 +1,6 @@
 """Scores of an answer, as SQuAD defines them: pure functions of strings, each a share from 0 to 1.
 
-Normalisation, F1 and exact match are those of SQuAD's official scorer (Rajpurkar et al., arXiv 1606.05250, section 6.1).
+Normalisation, F1 and exact match are those of SQuAD's official scorer (Rajpurkar et al., arXiv 1606.05250).
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +12,47 @@ from typing import Any
 import yaml
 
 from pic_rag.config import PicConfig
+from pic_rag.training.rules import (
+    are_weights,
+    require_choice,
+    require_number,
+    require_path,
+    require_paths,
+    require_range,
+    require_whole,
+)
 
 TASKS = ("reconstruct", "continue", "questions")
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "precision": ("bf16", "fp32"),
+    "attn_implementation": ("sdpa", "eager", "flex_attention"),
+    "compile": (True, False),
+}
+_PATHS = {"out": False, "base_model": True, "init_from": True, "cache": True}  # may it be None?
+_WHOLE = {  # the least value of each field that counts
+    "examples_per_step": 1,
+    "target_tokens": 1,
+    "turns": 1,
+    "documents": 1,
+    "reader_rank": 0,
+    "warmup_steps": 0,
+    "row_places": 1,
+    "workers": 0,
+    "log_steps": 1,
+    "seed": 0,
+}
+_NUMBERS = {  # the least and the largest value of each field that measures
+    "distractor_share": (0.0, 1.0),
+    "learning_rate": (0.0, math.inf),
+    "converter_rate_factor": (0.0, math.inf),
+    "reader_learning_rate": (0.0, math.inf),
+    "distillation": (0.0, math.inf),
+    "decay_share": (0.0, 1.0),
+    "weight_decay": (0.0, math.inf),
+    "clip": (0.0, math.inf),
+    "checkpoint_minutes": (0.0, math.inf),
+}
 
 
 def _help(text: str, **kwargs: Any) -> Any:  # noqa: ANN401 - a dataclass field of any type
@@ -27,11 +67,16 @@ class Stage:
     tasks: Mapping[str, float] = _help("weight of each task: a step draws one of reconstruct, continue, questions")
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"steps of a stage must be 1 or more, got {self.steps}.")
-        unknown = sorted(set(self.tasks) - set(TASKS))
-        if unknown or not any(self.tasks.values()):
-            raise ValueError(f"tasks of a stage must be weights of {', '.join(TASKS)}, got {dict(self.tasks)}.")
+        require_whole("steps of a stage", self.steps, 1)
+        if not are_weights(self.tasks) or not set(self.tasks) <= set(TASKS):
+            raise ValueError(f"tasks of a stage must be weights of {', '.join(TASKS)}, got {self.tasks!r}.")
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Stage:  # noqa: ANN401 - whatever the file holds
+        """Build from a YAML mapping; anything but `steps` and `tasks` raises ValueError."""
+        if not isinstance(values, Mapping) or set(values) != {"steps", "tasks"}:
+            raise ValueError(f"stages must be a list of mappings with steps and tasks, got {values!r}.")
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -80,13 +125,38 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not self.stages:
             raise ValueError("stages must hold at least one stage, got none.")
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(f"precision must be 'bf16' or 'fp32', got {self.precision!r}.")
+        for name, allowed in _CHOICES.items():
+            require_choice(name, getattr(self, name), allowed)
+        for name, least in _WHOLE.items():
+            require_whole(name, getattr(self, name), least)
+        for name, bounds in _NUMBERS.items():
+            require_number(name, getattr(self, name), *bounds)
+        for name, optional in _PATHS.items():
+            require_path(name, getattr(self, name), optional=optional)
+        for name in ("texts", "held_out"):
+            require_paths(name, getattr(self, name))
+        require_range("text_tokens", self.text_tokens, 2)
+        self._check_weights()
+        self._check_sources()
+
+    def _check_weights(self) -> None:
+        if not isinstance(self.slots_per_chunk, tuple) or not self.slots_per_chunk:
+            raise ValueError(f"slots_per_chunk must be a list of whole numbers, got {self.slots_per_chunk!r}.")
+        for count in self.slots_per_chunk:
+            require_whole("slots_per_chunk", count, 1)
+        if self.questions != {} and not are_weights(self.questions):
+            raise ValueError(f"questions must be a mapping of files to weights, got {self.questions!r}.")
+        if not isinstance(self.ratio_weights, tuple):
+            raise ValueError(f"ratio_weights must be a list of weights, got {self.ratio_weights!r}.")
+        if self.ratio_weights and not are_weights(dict(enumerate(self.ratio_weights))):
+            raise ValueError(f"ratio_weights must be 0 or more and not all 0, got {self.ratio_weights}.")
         if self.ratio_weights and len(self.ratio_weights) != len(self.pic.ratios):
             raise ValueError(
                 f"ratio_weights must have one weight for each of pic.ratios {self.pic.ratios}, "
                 f"got {self.ratio_weights}."
             )
+
+    def _check_sources(self) -> None:
         wanted = {task for stage in self.stages for task, weight in stage.tasks.items() if weight}
         if "questions" in wanted and not self.questions:
             raise ValueError("questions must name a file when a stage trains on questions, got none.")
@@ -127,7 +197,9 @@ class TrainConfig:
         converted: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
-        converted["stages"] = tuple(Stage(**stage) for stage in values["stages"])
+        if not isinstance(values["stages"], (list, tuple)):
+            raise ValueError(f"stages must be a list of mappings with steps and tasks, got {values['stages']!r}.")
+        converted["stages"] = tuple(Stage.from_dict(stage) for stage in values["stages"])
         converted["pic"] = _pic(values.get("pic", {}))
         return cls(**converted)
 
@@ -139,6 +211,8 @@ class TrainConfig:
 def _pic(values: Mapping[str, Any] | PicConfig) -> PicConfig:
     if isinstance(values, PicConfig):
         return values
+    if not isinstance(values, Mapping):
+        raise ValueError(f"pic must be a mapping of PicConfig's fields, or a preset and fields, got {values!r}.")
     values = dict(values)
     preset = values.pop("preset", None)
     return PicConfig.preset(preset, **values) if preset else PicConfig.from_dict(values)

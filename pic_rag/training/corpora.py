@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pic_rag.questions import Question, read_rows
+from pic_rag.questions import Question, read_jsonl, read_rows
+from pic_rag.questions import document_text as document_text
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +84,12 @@ def read_texts(source: str) -> Iterator[str]:
     elif source.endswith(".txt"):
         yield Path(source).read_text(encoding="utf-8")
     else:
-        for row in read_rows(source):
-            yield row.values["text"]
+        for values, where in read_jsonl(source):
+            if not isinstance(values.get("text"), str):
+                raise ValueError(
+                    f"text must be a string, got {values.get('text')!r} in {where}. Give it in every line."
+                )
+            yield values["text"]
 
 
 def read_questions(source: str) -> Iterator[Record]:
@@ -106,7 +111,7 @@ def held_out_hashes(sources: Sequence[str]) -> set[str]:
             for name in ("text", "question"):
                 if name in row:
                     hashes.add(content_hash(row[name]))
-    return hashes
+    return hashes - {content_hash("")}  # else every context of one line would count as held out
 
 
 def content_hash(text: str) -> str:

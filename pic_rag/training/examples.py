@@ -108,6 +108,8 @@ class ExampleFactory:
         self.config = config
         self.tokenizer = tokenizer
         self.texts = texts
+        if texts is not None:
+            _check_longest(texts, config.text_tokens[0])
         self.questions = list(questions)
         weights = np.array(list(questions.values()), dtype=float)
         self._question_weights = weights / weights.sum() if len(weights) else weights
@@ -230,6 +232,15 @@ class ExampleFactory:
 
     def _ids(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+
+
+def _check_longest(texts: TokenTable, shortest: int) -> None:
+    longest = int(np.diff(texts.ends).max(initial=0))
+    if longest < shortest:
+        raise ValueError(
+            f"texts must hold a text of text_tokens[0]={shortest} tokens or more that is not held out, got {longest} "
+            "tokens in the longest. Lower text_tokens or name another corpus."
+        )
 
 
 def _handle(number: int) -> str:

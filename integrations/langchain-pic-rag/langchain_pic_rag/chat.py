@@ -1,0 +1,349 @@
+"""ChatPIC: the chat model that reads memories where the prompt has handles."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import closing
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
+from langchain_core.language_models import LanguageModelInput
+from langchain_core.language_models.base import LangSmithParams
+from langchain_core.language_models.chat_models import BaseChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, convert_to_openai_messages
+from langchain_core.messages.ai import UsageMetadata
+from langchain_core.messages.tool import tool_call_chunk
+from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
+from langchain_core.runnables import Runnable
+from langchain_core.tools import BaseTool
+from langchain_core.utils.function_calling import convert_to_openai_tool
+from pic_rag import UnknownHandleError, escape_handles, find_handles
+from pydantic import ConfigDict, Field, model_validator
+
+from langchain_pic_rag.guard import LLM_TYPE
+from langchain_pic_rag.models import load_generator
+from langchain_pic_rag.settings import ModelSettings
+from langchain_pic_rag.texts import content_handles, map_content
+from langchain_pic_rag.tools import format_calls, parse_calls, tool_instructions
+
+if TYPE_CHECKING:
+    import builtins
+
+    from pic_rag import Generation, Generator, Memory
+else:
+    Generator = Any  # pydantic reads annotations at import, when torch must not be loaded yet
+
+_SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
+
+
+class _Call(NamedTuple):
+    """What the generator is asked in one call; `tokens_saved`: text tokens less memory tokens of its handles."""
+
+    prompt: list[dict[str, Any]]
+    memories: dict[str, Memory]
+    options: dict[str, Any]
+    tokens_saved: int
+
+
+class ChatPIC(ModelSettings, BaseChatModel):
+    """A generator that reads the memories behind handles, in messages of every role.
+
+    A handle resolves only if this model's store holds it in this model's namespace, made by this model's compressor;
+    any other raises `UnknownHandleError`. With `invoke(..., handles=[...])` only those resolve, and every other
+    handle in the prompt is text. What users type cannot be told from what a template put beside it: pass their words
+    through `escape_input` before they meet the documents.
+
+    Raises:
+        UnknownHandleError: when called, for a handle that this namespace does not hold.
+        ValueError: when called, for content that is not text, or a prompt that does not fit the generator's context.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True, extra="ignore")
+
+    reads_handles: ClassVar[bool] = True
+
+    generator: Generator | None = Field(default=None, exclude=True, repr=False)
+    """A ready `pic_rag.Generator`, used instead of the one the compressor names."""
+
+    max_tokens: int = Field(default=256, ge=1)
+    """Length in tokens at which an answer ends in any case."""
+
+    temperature: float = Field(default=0.0, ge=0.0)
+    """0 decodes greedily."""
+
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Probability mass that tokens are drawn from, when the temperature is above 0."""
+
+    seed: int | None = None
+    """Of the draws; None: another every time."""
+
+    stop: list[str] | None = None
+    """Strings that end an answer and are not part of it."""
+
+    @model_validator(mode="after")
+    def _check_pair(self) -> ChatPIC:
+        if self.compressor is not None and self.generator is not None:
+            self._require_pair(self.generator)
+        return self
+
+    def get_generator(self) -> Generator:
+        """The generator, loaded at the first call of any component with the same settings."""
+        if self.generator is not None:
+            if self.compressor is None:
+                self._require_pair(self.generator)
+            return self.generator
+        return load_generator(self.loading, self.get_compressor())
+
+    @property
+    def _llm_type(self) -> str:
+        return LLM_TYPE
+
+    @property
+    def _identifying_params(self) -> builtins.dict[str, Any]:
+        """All that an answer depends on besides the prompt: the key of LangChain's LLM cache."""
+        return {
+            "model_name": self._name,
+            "compressor_fingerprint": self.get_compressor().fingerprint,
+            "compressor_dtype": self.get_compressor().dtype,
+            "generator": self.get_generator().model_id,
+            "generator_dtype": str(self.get_generator().model.dtype),
+            "store": repr(self.get_store()),
+            "namespace": self.namespace,
+            "stop": self.stop,
+            **{name: getattr(self, name) for name in _SAMPLING},
+        }
+
+    def _get_ls_params(self, stop: list[str] | None = None, **kwargs: Any) -> LangSmithParams:
+        params = LangSmithParams(
+            ls_provider="pic-rag",
+            ls_model_type="chat",
+            ls_model_name=kwargs.get("model") or self._name,
+            ls_temperature=kwargs.get("temperature", self.temperature),
+            ls_max_tokens=kwargs.get("max_tokens", self.max_tokens),
+        )
+        if used := stop or self.stop:
+            params["ls_stop"] = used
+        return params
+
+    @property
+    def _name(self) -> str:
+        return self.model_name or (self.compressor and self.compressor.name) or "pic-rag"
+
+    def bind_tools(
+        self,
+        tools: Sequence[builtins.dict[str, Any] | type | Callable[..., Any] | BaseTool],
+        *,
+        tool_choice: str | None = None,
+        **kwargs: Any,
+    ) -> Runnable[LanguageModelInput, AIMessage]:
+        """Tell the generator which tools it can call. How well it does is up to its own training.
+
+        Args:
+            tools: anything LangChain makes a tool of.
+            tool_choice: "any" asks for some call, a name for a call of that tool; None or "auto" leaves it open.
+            **kwargs: bound as they are.
+        """
+        formatted = [convert_to_openai_tool(tool) for tool in tools]
+        choice = {"auto": None, "required": "any"}.get(tool_choice or "auto", tool_choice)
+        return self.bind(tools=formatted, tool_choice=choice, **kwargs)
+
+    def get_num_tokens(self, text: str) -> int:
+        """Tokens that the generator reads for a text: a handle counts as its memory tokens.
+
+        Raises:
+            UnknownHandleError: for a handle that this namespace does not hold.
+        """
+        return self.get_generator().count_tokens(text, self._memories(find_handles(text)))
+
+    def get_num_tokens_from_messages(
+        self,
+        messages: list[BaseMessage],
+        tools: Sequence[builtins.dict[str, Any] | type | Callable[..., Any] | BaseTool] | None = None,
+    ) -> int:
+        """Tokens that the generator reads for messages: memories, the chat template and the tools included.
+
+        Raises:
+            UnknownHandleError: for a handle that this namespace does not hold.
+        """
+        prompt = _to_prompt(messages, [convert_to_openai_tool(tool) for tool in tools or ()])
+        return self.get_generator().count_tokens(prompt, self._memories(_handles(messages)))
+
+    def get_token_ids(self, text: str) -> list[int]:
+        """Token ids of a text; a handle, which has none, is tokenised as the characters it is written in."""
+        return list(self.get_generator().tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _generate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        call = self._call(messages, stop, kwargs)
+        generation = self.get_generator().generate(call.prompt, call.memories, **call.options)[0]
+        use = parse_calls(generation.text) if kwargs.get("tools") else None
+        message = AIMessage(
+            content=use.text if use else generation.text,
+            tool_calls=use.calls if use else [],
+            invalid_tool_calls=use.invalid if use else [],
+            usage_metadata=_usage(generation),
+            response_metadata=self._response_metadata(generation, call.tokens_saved),
+        )
+        info = {"finish_reason": generation.finish_reason}
+        return ChatResult(generations=[ChatGeneration(message=message, generation_info=info)])
+
+    def _stream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: CallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> Iterator[ChatGenerationChunk]:
+        call = self._call(messages, stop, kwargs)
+        with closing(self.get_generator().stream(call.prompt, call.memories, **call.options)) as pieces:
+            while True:
+                try:
+                    piece = next(pieces)
+                except StopIteration as done:
+                    generation: Generation = done.value
+                    break
+                if not kwargs.get("tools"):  # with tools the answer may be a call, which is read when it is whole
+                    yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
+        if kwargs.get("tools"):
+            yield _tool_chunk(generation.text)
+        last = AIMessageChunk(
+            content="",
+            usage_metadata=_usage(generation),
+            response_metadata=self._response_metadata(generation, call.tokens_saved),
+            chunk_position="last",
+        )
+        yield ChatGenerationChunk(message=last, generation_info={"finish_reason": generation.finish_reason})
+
+    async def _agenerate(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> ChatResult:
+        return await asyncio.to_thread(self._generate, messages, stop, None, **kwargs)
+
+    async def _astream(
+        self,
+        messages: list[BaseMessage],
+        stop: list[str] | None = None,
+        run_manager: AsyncCallbackManagerForLLMRun | None = None,
+        **kwargs: Any,
+    ) -> AsyncIterator[ChatGenerationChunk]:
+        chunks = self._stream(messages, stop, None, **kwargs)
+        # A consumer that goes away drops `chunks`, whose `closing` stops the model at its next token.
+        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+            yield chunk
+
+    def _call(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: builtins.dict[str, Any]) -> _Call:
+        unknown = kwargs.keys() - {*_SAMPLING, "tools", "tool_choice", "handles"}
+        if unknown:
+            raise TypeError(
+                f"{min(unknown)} must be one of {', '.join(_SAMPLING)}, stop, handles, tools, tool_choice, got "
+                f"{kwargs[min(unknown)]!r}. ChatPIC has no such option: leave it out."
+            )
+        if (allowed := kwargs.get("handles")) is not None:
+            messages = [_only(message, set(allowed)) for message in messages]
+        options = {name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in _SAMPLING}
+        options["max_new_tokens"] = options.pop("max_tokens")
+        options["stop"] = tuple(self.stop or () if stop is None else stop)
+        prompt = _to_prompt(messages, kwargs.get("tools") or (), kwargs.get("tool_choice"))
+        handles = _handles(messages)
+        memories = self._memories(handles)
+        saved = sum(memories[handle].text_tokens - memories[handle].memory_tokens for handle in handles)
+        return _Call(prompt, memories, options, saved)
+
+    def _memories(self, handles: Sequence[str]) -> builtins.dict[str, Memory]:
+        """The memories of this namespace that the handles stand for."""
+        wanted = list(dict.fromkeys(handles))
+        if not wanted:
+            return {}
+        found = dict(zip(wanted, self.get_memory_cache().get(wanted), strict=True))
+        for handle, memory in found.items():
+            if memory is None:
+                raise UnknownHandleError(handle, sum(memory is not None for memory in found.values()))
+        return {handle: memory for handle, memory in found.items() if memory is not None}
+
+    def _response_metadata(self, generation: Generation, tokens_saved: int) -> builtins.dict[str, Any]:
+        return {
+            "model_name": self._name,
+            "model_provider": "pic-rag",
+            "memory_tokens": generation.memory_tokens,
+            "tokens_saved": tokens_saved,
+        }
+
+    def _require_pair(self, generator: Generator) -> None:
+        wanted = self.get_compressor().generator.id
+        if wanted != generator.model_id:
+            raise ValueError(
+                f"generator must be {wanted!r}, which the compressor makes memories for, got {generator.model_id!r}. "
+                "Load it with reader=compressor.reader, or use a compressor trained for it."
+            )
+
+
+def _to_prompt(
+    messages: Sequence[BaseMessage], tools: Sequence[dict[str, Any]] = (), tool_choice: str | None = None
+) -> list[dict[str, Any]]:
+    """Messages as pic-rag takes them, tools and tool calls written out as text."""
+    prompt = [_with_calls(message) for message in convert_to_openai_messages(list(messages))]
+    if tools:
+        instructions = tool_instructions(tools, tool_choice)
+        if prompt and prompt[0]["role"] == "system":
+            instructions = f"{_text(prompt.pop(0)['content'])}\n\n{instructions}"
+        prompt.insert(0, {"role": "system", "content": instructions})
+    return prompt
+
+
+def _with_calls(message: dict[str, Any]) -> dict[str, Any]:
+    calls = message.pop("tool_calls", None)
+    if not calls:
+        return message
+    return {**message, "content": "\n".join(filter(None, [_text(message.get("content")), format_calls(calls)]))}
+
+
+def _text(content: str | list[dict[str, Any]] | None) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(part["text"] for part in content or [] if part.get("type") == "text")
+
+
+def _handles(messages: Sequence[BaseMessage]) -> list[str]:
+    return [handle for message in messages for handle in content_handles(message)]
+
+
+def _only(message: BaseMessage, allowed: set[str]) -> BaseMessage:
+    """The message with every handle that is not allowed turned into text."""
+
+    def keep(text: str) -> str:
+        for handle in set(find_handles(text)) - allowed:
+            text = text.replace(handle, escape_handles(handle))
+        return text
+
+    return message.model_copy(update={"content": map_content(message, keep)})
+
+
+def _usage(generation: Generation) -> UsageMetadata:
+    details: Any = {"memory": generation.memory_tokens}  # LangChain allows keys of a provider's own
+    return UsageMetadata(
+        input_tokens=generation.prompt_tokens,
+        output_tokens=generation.completion_tokens,
+        total_tokens=generation.prompt_tokens + generation.completion_tokens,
+        input_token_details=details,
+    )
+
+
+def _tool_chunk(answer: str) -> ChatGenerationChunk:
+    """A whole answer as one chunk, its tool calls taken out."""
+    use = parse_calls(answer)
+    chunks = [
+        tool_call_chunk(name=call["name"], args=json.dumps(call["args"]), id=call["id"], index=index)
+        for index, call in enumerate(use.calls)
+    ]
+    return ChatGenerationChunk(message=AIMessageChunk(content=use.text, tool_call_chunks=chunks))

@@ -1,0 +1,212 @@
+"""PICCompressor: retrieved documents in, the same documents with handles in place of their text out."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from langchain_core.callbacks import Callbacks
+from langchain_core.documents import BaseDocumentCompressor, Document
+from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
+from langchain_core.runnables.config import (
+    ensure_config,
+    get_async_callback_manager_for_config,
+    get_callback_manager_for_config,
+)
+from pic_rag import UnknownHandleError, escape_handles
+from pydantic import Field, model_validator
+
+from langchain_pic_rag.guard import reads_handles
+from langchain_pic_rag.metadata import with_memory
+from langchain_pic_rag.restoring import restore_document
+from langchain_pic_rag.settings import ModelSettings
+
+
+class CompressionSettings(ModelSettings):
+    """How documents become memories."""
+
+    ratio: int | None = None
+    """Text tokens per memory token; None: the compressor's default."""
+
+    batch_size: int | None = Field(default=None, ge=1)
+    """Encoder rows computed at once."""
+
+    keep_source: bool = True
+    """Keep each text in `metadata["pic_source_text"]` and, by handle, in the store, so that it can be restored."""
+
+    def compress_originals(self, documents: Sequence[Document]) -> Compressed:
+        """Documents with their text in, the same with handles out: memories from the store, or made now."""
+        texts = [document.page_content for document in documents]
+        labels = [_label(document, number) for number, document in enumerate(documents)]
+        memories, cached = self.get_memory_cache().get_or_compress(
+            texts, self.get_compressor(), self.ratio, sources=labels, batch_size=self.batch_size, progress=False
+        )
+        if self.keep_source:
+            self.sources.put({memory.handle: text for memory, text in zip(memories, texts, strict=True)})
+        return Compressed(
+            [
+                with_memory(document, memory, text if self.keep_source else None)
+                for document, memory, text in zip(documents, memories, texts, strict=True)
+            ],
+            text_tokens=sum(memory.text_tokens for memory in memories),
+            memory_tokens=sum(memory.memory_tokens for memory in memories),
+            cached_documents=sum(cached),
+        )
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """Documents with handles, and what they cost and save."""
+
+    documents: list[Document]
+    text_tokens: int = 0
+    memory_tokens: int = 0
+    cached_documents: int = 0
+
+    def report(self) -> dict[str, Any]:
+        """What a trace shows as the outputs of the run."""
+        return {
+            "documents": [document.page_content for document in self.documents],
+            "text_tokens": self.text_tokens,
+            "memory_tokens": self.memory_tokens,
+            "tokens_saved": self.text_tokens - self.memory_tokens,
+            "cached_documents": self.cached_documents,
+        }
+
+
+class PICCompressor(CompressionSettings, BaseDocumentCompressor):
+    """Compresses retrieved documents; ids, order and metadata stay, `page_content` becomes a handle.
+
+    Only `ChatPIC` reads handles. A compressor does not see which LLM comes after it: name it as `llm`, and an LLM that
+    cannot read handles is an error at construction, or gets the text (`fallback="text"`).
+
+    Memories do not depend on the query, so one memory serves every question.
+
+    Raises:
+        ValueError: `llm` does not read handles and `fallback` is "error", or `fallback` is "text" without `llm`.
+    """
+
+    top_n: int | None = Field(default=None, ge=1)
+    """Documents to keep, from the first; None: all."""
+
+    llm: Any = Field(default=None, exclude=True, repr=False)
+    """The LLM that will read the documents, to check that it can."""
+
+    fallback: Literal["error", "text"] = "error"
+    """What an `llm` that cannot read handles gets: an error now, or the original text with handle syntax escaped."""
+
+    @model_validator(mode="after")
+    def _check_llm(self) -> PICCompressor:
+        if self.llm is None and self.fallback == "text":
+            raise ValueError(
+                "llm must be given with fallback='text', got None: a compressor does not see the LLM after it. "
+                "Pass llm=, or put PICRestore() between the prompt and the LLM."
+            )
+        if self.llm is not None and self.fallback == "error" and not reads_handles(self.llm):
+            raise ValueError(
+                f"llm must read handles, as ChatPIC does, got {type(self.llm).__name__}. Use ChatPIC, or pass "
+                "fallback='text' to give it the original text."
+            )
+        return self
+
+    def compress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> Sequence[Document]:
+        """Compress documents.
+
+        Args:
+            documents: retrieved documents, best first. One that was compressed before is compressed from its source.
+            query: not needed; a trace shows it.
+            callbacks: get a run named after this class whose outputs say how many tokens were saved.
+
+        Raises:
+            ValueError: the compressor does not serve the ratio.
+            UnknownHandleError: a document holds a handle, but neither its text nor its memory is to be found.
+        """
+        if not documents:
+            return []
+        manager = get_callback_manager_for_config(_config(callbacks))
+        run = manager.on_chain_start(None, self._inputs(documents, query), name=type(self).__name__)
+        try:
+            compressed = self._compress(documents)
+        except BaseException as error:
+            run.on_chain_error(error)
+            raise
+        run.on_chain_end(compressed.report())
+        return compressed.documents
+
+    async def acompress_documents(
+        self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
+    ) -> Sequence[Document]:
+        """`compress_documents` in a thread of its own: the event loop is never blocked."""
+        if not documents:
+            return []
+        manager = get_async_callback_manager_for_config(_config(callbacks))
+        run = await manager.on_chain_start(None, self._inputs(documents, query), name=type(self).__name__)
+        try:
+            compressed = await asyncio.to_thread(self._compress, documents)
+        except BaseException as error:
+            await run.on_chain_error(error)
+            raise
+        await run.on_chain_end(compressed.report())
+        return compressed.documents
+
+    def as_runnable(self) -> Runnable[Any, list[Document]]:
+        """The compressor as a step of a chain: takes documents, or a dict with `documents` and perhaps `query`."""
+
+        def compress(value: Any, config: RunnableConfig) -> list[Document]:
+            return list(self.compress_documents(*_documents_and_query(value), callbacks=config.get("callbacks")))
+
+        async def acompress(value: Any, config: RunnableConfig) -> list[Document]:
+            return list(await self.acompress_documents(*_documents_and_query(value), callbacks=config.get("callbacks")))
+
+        return RunnableLambda(compress, acompress, name=type(self).__name__)
+
+    def _inputs(self, documents: Sequence[Document], query: str) -> dict[str, Any]:
+        return {"query": query, "documents": [_label(document, number) for number, document in enumerate(documents)]}
+
+    def _compress(self, documents: Sequence[Document]) -> Compressed:
+        kept = list(documents)[: self.top_n]
+        if self.llm is not None and not reads_handles(self.llm):
+            return Compressed([self._as_text(document) for document in kept])
+        ready = [self._is_ready(document) for document in kept]
+        raw = [document for document, done in zip(kept, ready, strict=True) if not done]
+        compressed = self.compress_originals([restore_document(document, self.sources) for document in raw])
+        fresh = iter(compressed.documents)
+        shown = [document if done else next(fresh) for document, done in zip(kept, ready, strict=True)]
+        return replace(compressed, documents=shown)
+
+    def _is_ready(self, document: Document) -> bool:
+        """Whether the document holds a handle of this compressor and its text is nowhere: it stays as it is."""
+        try:
+            restore_document(document, self.sources)
+        except UnknownHandleError:
+            if document.page_content in self.get_memory_cache():
+                return True
+            raise
+        return False
+
+    def _as_text(self, document: Document) -> Document:
+        original = restore_document(document, self.sources)
+        return original.model_copy(update={"page_content": escape_handles(original.page_content)})
+
+
+def _label(document: Document, number: int) -> str:
+    return str(document.id or document.metadata.get("source") or f"document {number}")
+
+
+def _config(callbacks: Callbacks | None) -> RunnableConfig:
+    """The given callbacks, or those of the runnable this is called in."""
+    return ensure_config(None if callbacks is None else {"callbacks": callbacks})
+
+
+def _documents_and_query(value: Any) -> tuple[Sequence[Document], str]:
+    documents, query = (value.get("documents"), value.get("query", "")) if isinstance(value, dict) else (value, "")
+    if not isinstance(documents, (list, tuple)) or not all(isinstance(document, Document) for document in documents):
+        raise TypeError(
+            f"input must be a list of Documents or a dict with the key 'documents', got {type(value).__name__}. "
+            "Put the retriever before the compressor."
+        )
+    return documents, query

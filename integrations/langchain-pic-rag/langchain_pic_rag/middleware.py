@@ -1,0 +1,115 @@
+"""PICMiddleware: what an agent's tools retrieve reaches its model as memories."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, Literal
+
+from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
+from langchain_core.documents import Document
+from langchain_core.messages import AnyMessage, ToolMessage
+from pic_rag import escape_handles
+
+from langchain_pic_rag.compressor import PICCompressor
+from langchain_pic_rag.guard import reads_handles
+from langchain_pic_rag.restoring import PICRestore
+from langchain_pic_rag.texts import map_content
+
+
+class PICMiddleware(AgentMiddleware):
+    """Compresses tool messages just before the model reads them; the agent's state keeps the text.
+
+    In a tool message that is compressed, a handle is text like any other. In messages of users and of the model itself,
+    and in tool messages left alone, handles are escaped: only `handle_tools` are trusted to write them.
+
+    Args:
+        compressor: None: `PICCompressor()`.
+        tools: names of the tools whose messages are compressed; None: all but `handle_tools`.
+        handle_tools: names of tools that answer with handles already, such as a retriever tool on a `PICRetriever`.
+        min_characters: shorter messages are left alone, where compressing saves less than it costs.
+        fallback: what a model that cannot read handles gets: an error, or the text.
+    """
+
+    def __init__(
+        self,
+        compressor: PICCompressor | None = None,
+        *,
+        tools: Sequence[str] | None = None,
+        handle_tools: Sequence[str] = (),
+        min_characters: int = 500,
+        fallback: Literal["error", "text"] = "error",
+    ) -> None:
+        super().__init__()
+        self.compressor = compressor or PICCompressor()
+        self.compressed_tools = None if tools is None else frozenset(tools)
+        self.handle_tools = frozenset(handle_tools)
+        self.min_characters = min_characters
+        self.fallback = fallback
+
+    def wrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
+    ) -> ModelResponse[Any]:
+        """Compress, then call the model.
+
+        Raises:
+            ValueError: the model cannot read handles and `fallback` is "error".
+        """
+        return handler(request.override(messages=self._prepare(request)))
+
+    async def awrap_model_call(
+        self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
+    ) -> ModelResponse[Any]:
+        """`wrap_model_call`, compressing in a thread of its own."""
+        messages = await asyncio.to_thread(self._prepare, request)
+        return await handler(request.override(messages=messages))
+
+    def _prepare(self, request: ModelRequest[Any]) -> list[AnyMessage]:
+        if not reads_handles(request.model):
+            return self._as_text(request)
+        chosen = [number for number, message in enumerate(request.messages) if self._compresses(message)]
+        documents = [Document(page_content=str(request.messages[number].text)) for number in chosen]
+        compressed = dict(zip(chosen, self.compressor.compress_documents(documents, ""), strict=True))
+        return [
+            message.model_copy(update={"content": compressed[number].page_content})
+            if number in compressed
+            else self._escape(message)
+            for number, message in enumerate(request.messages)
+        ]
+
+    def _as_text(self, request: ModelRequest[Any]) -> list[AnyMessage]:
+        if self.fallback == "error":
+            raise ValueError(
+                f"model must read handles, as ChatPIC does, got {type(request.model).__name__}. Use ChatPIC, or "
+                "PICMiddleware(fallback='text') to give it the original text."
+            )
+        restore = PICRestore(
+            store=self.compressor.store,
+            namespace=self.compressor.namespace,
+            cache_folder=self.compressor.cache_folder,
+        )
+        return [
+            restore.invoke(message) if self._is_trusted(message) else self._escape(message)
+            for message in request.messages
+        ]
+
+    def _compresses(self, message: AnyMessage) -> bool:
+        if not isinstance(message, ToolMessage) or self._is_trusted(message):
+            return False
+        named = self.compressed_tools is None or message.name in self.compressed_tools
+        return named and len(message.text) >= self.min_characters and _is_text(message)
+
+    def _is_trusted(self, message: AnyMessage) -> bool:
+        return isinstance(message, ToolMessage) and message.name in self.handle_tools
+
+    def _escape(self, message: AnyMessage) -> AnyMessage:
+        if self._is_trusted(message):
+            return message
+        return message.model_copy(update={"content": map_content(message, escape_handles)})
+
+
+def _is_text(message: ToolMessage) -> bool:
+    """Whether the text is the whole content: an image in it would be lost."""
+    return isinstance(message.content, str) or all(
+        isinstance(part, str) or part.get("type") == "text" for part in message.content
+    )

@@ -1,0 +1,75 @@
+"""Tool calls as text, in the format that Hermes, Qwen and SmolLM2 models were trained on.
+
+The generator is a plain causal LM: which tools there are stands in its system message, and a call is JSON between
+`<tool_call>` tags in its answer. How well that works is up to the model; one of 135M parameters rarely manages.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import uuid
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from langchain_core.messages import InvalidToolCall, ToolCall
+from langchain_core.messages.tool import invalid_tool_call, tool_call
+
+_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+
+
+class ToolUse(NamedTuple):
+    """An answer taken apart.
+
+    Attributes:
+        text: what is left of it without calls.
+        calls: the calls that are valid JSON with a name.
+        invalid: the others.
+    """
+
+    text: str
+    calls: list[ToolCall]
+    invalid: list[InvalidToolCall]
+
+
+def tool_instructions(tools: Sequence[Mapping[str, Any]], tool_choice: str | None = None) -> str:
+    """What a system message says about the tools.
+
+    Args:
+        tools: in OpenAI's form.
+        tool_choice: "any" asks for some call, a name for a call of that tool; None leaves it to the model.
+    """
+    signatures = "\n".join(json.dumps(tool) for tool in tools)
+    must = {None: "", "any": " You must call a function."}.get(tool_choice, f" You must call {tool_choice}.")
+    return (
+        f"You can call functions. Their signatures are within <tools></tools> tags:\n<tools>\n{signatures}\n</tools>\n"
+        "For a function call, answer with a JSON object within <tool_call></tool_call> tags:\n"
+        f'<tool_call>\n{{"name": <function name>, "arguments": <arguments as a JSON object>}}\n</tool_call>{must}'
+    )
+
+
+def format_calls(calls: Sequence[Mapping[str, Any]]) -> str:
+    """Calls of an earlier message, in OpenAI's form, as the model would have written them."""
+    written = [
+        json.dumps({"name": call["function"]["name"], "arguments": json.loads(call["function"]["arguments"] or "{}")})
+        for call in calls
+    ]
+    return "\n".join(f"<tool_call>\n{call}\n</tool_call>" for call in written)
+
+
+def parse_calls(answer: str) -> ToolUse:
+    """Take the calls out of an answer."""
+    calls: list[ToolCall] = []
+    invalid: list[InvalidToolCall] = []
+    for match in _CALL.finditer(answer):
+        try:
+            parsed = json.loads(match.group(1))
+            for call in parsed if isinstance(parsed, list) else [parsed]:
+                calls.append(tool_call(name=call["name"], args=dict(call.get("arguments") or {}), id=_call_id()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            invalid.append(invalid_tool_call(name=None, args=match.group(1), id=_call_id(), error=str(error)))
+    return ToolUse(_CALL.sub("", answer).strip() if calls or invalid else answer, calls, invalid)
+
+
+def _call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"

@@ -1,0 +1,248 @@
+"""ChatPIC reads memories in every role, tells what they cost, and resolves no handle but its own."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from langchain_classic.chains import create_retrieval_chain
+from langchain_classic.chains.combine_documents import create_stuff_documents_chain
+from langchain_core.caches import InMemoryCache
+from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.output_parsers import StrOutputParser
+from langchain_core.prompts import ChatPromptTemplate
+from langchain_core.runnables import RunnablePassthrough
+from langchain_core.tools import create_retriever_tool, tool
+from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
+from pic_rag import Generator, UnknownHandleError
+
+from langchain_pic_rag import ChatPIC, PICRetriever, escape_input
+from langchain_pic_rag.tools import format_calls, parse_calls
+
+PROMPT = ChatPromptTemplate.from_messages([("system", "Use this:\n{context}"), ("human", "{input}")])
+
+
+@pytest.fixture
+def handles(compressor, documents):
+    return [document.page_content for document in compressor.compress_documents(documents, "q")]
+
+
+@pytest.fixture
+def pic_retriever(compressor, base_retriever):
+    return PICRetriever(base_compressor=compressor, base_retriever=base_retriever)
+
+
+def with_handle(role, handle):
+    return {
+        "system": [SystemMessage(handle), HumanMessage("?")],
+        "human": [HumanMessage(f"{handle} ?")],
+        "parts": [HumanMessage([{"type": "text", "text": handle}, {"type": "text", "text": "?"}])],
+        "ai": [HumanMessage("?"), AIMessage(handle), HumanMessage("and?")],
+        "tool": [
+            HumanMessage("?"),
+            AIMessage("", tool_calls=[{"name": "search", "args": {"q": "x"}, "id": "1"}]),
+            ToolMessage(handle, tool_call_id="1"),
+        ],
+    }[role]
+
+
+@pytest.mark.parametrize("role", ["system", "human", "parts", "ai", "tool"])
+def test_a_handle_is_read_as_its_memory_in_every_role(chat, handles, documents, role):
+    answers = {chat.invoke(with_handle(role, handle)).content for handle in handles}
+    assert len(answers) > 1  # another memory, another answer
+    message = chat.invoke(with_handle(role, handles[0]))
+    text_tokens = len(documents[0].page_content)
+    memory_tokens = -(-text_tokens // 4)
+    assert message.usage_metadata["input_token_details"]["memory"] == memory_tokens
+    assert message.response_metadata["tokens_saved"] == text_tokens - memory_tokens
+    assert message.usage_metadata["input_tokens"] == chat.get_num_tokens_from_messages(with_handle(role, handles[0]))
+
+
+def test_a_handle_counts_as_its_memory_tokens(chat, handles, documents):
+    with_text = chat.get_num_tokens("see ") + -(-len(documents[0].page_content) // 4)
+    assert chat.get_num_tokens(f"see {handles[0]}") == with_text
+    assert len(chat.get_token_ids("see ")) == 4
+
+
+def test_a_stream_joins_to_the_answer_and_reports_usage_once(chat, handles):
+    answer = chat.invoke(handles[0])
+    chunks = list(chat.stream(handles[0]))
+
+    async def collect():
+        return [chunk async for chunk in chat.astream(handles[0])]
+
+    for parts in (chunks, asyncio.run(collect())):
+        assert "".join(part.content for part in parts) == answer.content
+        assert [part.usage_metadata for part in parts if part.usage_metadata] == [answer.usage_metadata]
+        assert parts[-1].response_metadata["tokens_saved"] == answer.response_metadata["tokens_saved"]
+
+
+def test_a_consumer_that_leaves_an_async_stream_leaves_the_model_free(chat):
+    async def leave():
+        async for _ in chat.bind(max_tokens=200).astream("tell me all"):
+            break
+        return await asyncio.wait_for(chat.ainvoke("short"), timeout=20)
+
+    assert asyncio.run(leave()).content == chat.invoke("short").content
+
+
+def test_32_concurrent_calls_answer_as_one_by_one(chat, compressor, documents, handles):
+    prompts = [f"{number}: {handles[number % len(handles)]}" for number in range(32)]
+    expected = [chat.invoke(prompt).content for prompt in prompts]
+
+    async def together():
+        return await asyncio.wait_for(asyncio.gather(*map(chat.ainvoke, prompts)), timeout=60)
+
+    assert [message.content for message in asyncio.run(together())] == expected
+    assert [message.content for message in chat.batch(prompts)] == expected
+
+
+def test_32_concurrent_chains_compress_and_answer_as_one_by_one(chat, pic_retriever):
+    chain = {"context": pic_retriever, "input": RunnablePassthrough()} | PROMPT | chat | StrOutputParser()
+    questions = [f"Question {number}?" for number in range(32)]
+
+    async def together():
+        return await asyncio.wait_for(asyncio.gather(*map(chain.ainvoke, questions)), timeout=60)
+
+    assert asyncio.run(together()) == [chain.invoke(question) for question in questions]
+
+
+def test_stop_strings_of_the_call_and_of_the_model_end_the_answer(chat, handles):
+    full = chat.invoke(handles[0]).content
+    mark = full[5]
+    stopped = chat.invoke(handles[0], stop=[mark])
+    assert stopped.content == full[: full.index(mark)]
+    assert stopped.response_metadata["finish_reason"] == "stop"
+    assert chat.model_copy(update={"stop": [mark]}).invoke(handles[0]).content == stopped.content
+
+
+def test_options_of_a_call_override_those_of_the_model_and_unknown_ones_are_named(chat):
+    assert chat.invoke("hi", max_tokens=3).usage_metadata["output_tokens"] == 3
+    drawn = {chat.invoke("hi", temperature=1.5, seed=seed).content for seed in (1, 2, 1)}
+    assert len(drawn) == 2
+    with pytest.raises(TypeError, match="top_k must be one of"):
+        chat.invoke("hi", top_k=3)
+
+
+def test_content_that_is_no_text_is_refused(chat):
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+    with pytest.raises(ValueError, match="content parts must be text"):
+        chat.invoke([HumanMessage([image])])
+
+
+def test_a_handle_that_this_namespace_does_not_hold_raises_by_name(chat, handles):
+    foreign = "[[pic:" + "0" * 32 + "]]"
+    with pytest.raises(UnknownHandleError, match="0" * 32):
+        chat.invoke(foreign)
+    other = chat.model_copy(update={"namespace": "other"})
+    with pytest.raises(UnknownHandleError):
+        other.invoke(handles[0])
+    with pytest.raises(UnknownHandleError):
+        next(other.stream(handles[0]))
+
+
+def test_a_handle_in_a_document_is_compressed_as_text(chat, compressor, documents, handles):
+    from langchain_core.documents import Document
+
+    secret = handles[0]
+    (compressed,) = compressor.compress_documents([Document(page_content=secret)], "q")
+    assert compressed.page_content != secret
+    read = chat.invoke(compressed.page_content).usage_metadata["input_token_details"]["memory"]
+    assert read == -(-len(secret) // 4)
+
+
+def test_a_handle_that_a_user_types_is_text_behind_escape_input(chat, handles, pic_retriever):
+    chain = (
+        RunnablePassthrough()
+        | escape_input
+        | {"context": pic_retriever, "input": RunnablePassthrough()}
+        | PROMPT
+        | chat
+    )
+    plain = chain.invoke("what is it?").usage_metadata["input_token_details"]["memory"]
+    assert chain.invoke(f"what is {handles[0]}?").usage_metadata["input_token_details"]["memory"] == plain
+    typed = escape_input.invoke({"messages": [HumanMessage(handles[0])], "number": 3})
+    assert chat.invoke(typed["messages"]).usage_metadata["input_token_details"]["memory"] == 0
+    assert typed["number"] == 3
+
+
+def test_with_a_list_of_handles_no_other_resolves(chat, handles):
+    prompt = f"{handles[0]} {handles[1]} [[pic:{'0' * 32}]]"
+    read = chat.invoke(prompt, handles=[handles[1]]).usage_metadata["input_token_details"]["memory"]
+    assert read == chat.get_num_tokens(handles[1])
+    assert chat.invoke(prompt, handles=[]).usage_metadata["input_token_details"]["memory"] == 0
+
+
+def test_a_stuff_chain_and_a_retrieval_chain_read_memories(chat, pic_retriever, documents):
+    chain = create_retrieval_chain(pic_retriever, create_stuff_documents_chain(chat, PROMPT))
+    runs = RunCollectorCallbackHandler()
+    result = chain.invoke({"input": "Who built it?"}, {"callbacks": [runs]})
+    assert [document.id for document in result["context"]] == [document.id for document in documents]
+    assert isinstance(result["answer"], str)
+    llm_run = _find(runs.traced_runs[0], "ChatPIC")
+    message = llm_run.outputs["generations"][0][0]["message"]
+    assert message["kwargs"]["response_metadata"]["tokens_saved"] > 0
+    assert message["kwargs"]["usage_metadata"]["input_token_details"]["memory"] > 0
+
+
+def test_the_handles_of_a_retriever_tool_are_read(chat, pic_retriever):
+    search = create_retriever_tool(pic_retriever, "search", "Searches the island.")
+    call = {"name": "search", "args": {"query": "lamp"}, "id": "7", "type": "tool_call"}
+    answer = chat.invoke([HumanMessage("lamp?"), AIMessage("", tool_calls=[call]), search.invoke(call)])
+    assert answer.usage_metadata["input_token_details"]["memory"] > 0
+
+
+def test_the_llm_cache_answers_again_and_never_for_another_ratio_checkpoint_or_namespace(
+    chat, compressor, documents, other_compressor
+):
+    chat.cache = InMemoryCache()
+    handle = compressor.compress_documents(documents, "q")[0].page_content
+    first = chat.invoke(handle)
+    assert chat.invoke(handle).usage_metadata.get("total_cost") == 0  # LangChain's mark of a cached answer
+    coarse = compressor.model_copy(update={"ratio": 16}).compress_documents(documents, "q")[0].page_content
+    again = chat.invoke(coarse)
+    assert "total_cost" not in again.usage_metadata
+    assert again.usage_metadata["input_tokens"] < first.usage_metadata["input_tokens"]
+
+    retrained = chat.model_copy(update={"compressor": other_compressor})
+    assert retrained._get_llm_string() != chat._get_llm_string()
+    assert "total_cost" not in retrained.invoke("hi").usage_metadata
+    with pytest.raises(UnknownHandleError):
+        retrained.invoke(handle)
+    with pytest.raises(UnknownHandleError):
+        chat.model_copy(update={"namespace": "other"}).invoke(handle)
+
+
+def test_a_compressor_and_a_generator_that_do_not_belong_together_are_refused(tiny_compressor, tiny_generator):
+    other = Generator(tiny_generator.model, tiny_generator.tokenizer, name="another")
+    with pytest.raises(ValueError, match="generator must be"):
+        ChatPIC(compressor=tiny_compressor, generator=other)
+
+
+def test_tool_calls_are_read_out_of_the_answer_and_written_back():
+    use = parse_calls('Well. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><tool_call>{"a"</tool_call>')
+    assert use.text == "Well."
+    assert (use.calls[0]["name"], use.calls[0]["args"]) == ("add", {"a": 1})
+    assert use.invalid[0]["args"] == '{"a"'
+    assert parse_calls("no call <tool_call>").text == "no call <tool_call>"
+    written = format_calls([{"function": {"name": "add", "arguments": '{"a": 1}'}}])
+    assert parse_calls(written).calls[0]["args"] == {"a": 1}
+
+
+def test_bound_tools_stand_in_the_prompt_in_one_call_and_in_a_stream(chat):
+    @tool
+    def add(a: int, b: int) -> int:
+        """Add two numbers."""
+        return a + b
+
+    bound = chat.bind_tools([add], tool_choice="any")
+    messages = [SystemMessage("Be brief."), HumanMessage("1+1?")]
+    read = bound.invoke(messages).usage_metadata["input_tokens"]
+    assert read > chat.invoke(messages).usage_metadata["input_tokens"] + len("Add two numbers.")
+    assert sum(part.usage_metadata["input_tokens"] for part in bound.stream(messages) if part.usage_metadata) == read
+
+
+def _find(run, name):
+    if run.name == name:
+        return run
+    return next((found for child in run.child_runs if (found := _find(child, name))), None)

@@ -1,0 +1,239 @@
+"""Documents in, handles out: nothing else about them changes, and they can be restored."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import pickle
+
+import pytest
+from langchain_classic.retrievers import ContextualCompressionRetriever
+from langchain_classic.retrievers.document_compressors import DocumentCompressorPipeline
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.documents import Document
+from langchain_core.language_models import FakeListChatModel
+from langchain_core.load import dumpd, load
+from langchain_core.stores import InMemoryByteStore
+from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
+from langchain_text_splitters import CharacterTextSplitter
+from pic_rag import UnknownHandleError, find_handles
+
+from langchain_pic_rag import (
+    PICByteStore,
+    PICCompressor,
+    PICDocumentTransformer,
+    PICRestore,
+    PICRetriever,
+    restore_documents,
+)
+
+
+def test_ids_order_and_metadata_survive_and_the_content_is_one_handle(compressor, documents):
+    compressed = compressor.compress_documents(documents, "who?")
+    assert [document.id for document in compressed] == [document.id for document in documents]
+    for before, after in zip(documents, compressed, strict=True):
+        assert find_handles(after.page_content) == [after.page_content]
+        assert before.metadata.items() <= after.metadata.items()
+        assert after.metadata["pic_memory_tokens"] == -(-len(before.page_content) // 4)
+    assert len({document.page_content for document in compressed}) == len(documents)
+
+
+def test_the_given_documents_are_not_changed(compressor, documents):
+    before = [document.model_copy(deep=True) for document in documents]
+    compressor.compress_documents(documents, "")
+    assert documents == before
+
+
+def test_async_and_every_way_into_a_chain_give_what_the_sync_call_gives(compressor, documents):
+    expected = compressor.compress_documents(documents, "q")
+    step = compressor.as_runnable()
+    assert asyncio.run(compressor.acompress_documents(documents, "q")) == expected
+    assert step.invoke(documents) == step.invoke({"documents": documents, "query": "q"}) == expected
+    assert asyncio.run(step.ainvoke(documents)) == expected
+    assert step.batch([documents, documents[:1]]) == [expected, expected[:1]]
+
+
+@pytest.mark.parametrize("way", ["classic", "pipeline", "pic"])
+def test_retrievers_and_pipelines_return_the_compressed_documents(compressor, documents, base_retriever, way):
+    wrapped = {
+        "classic": lambda: ContextualCompressionRetriever(base_compressor=compressor, base_retriever=base_retriever),
+        "pipeline": lambda: ContextualCompressionRetriever(
+            base_compressor=DocumentCompressorPipeline(transformers=[compressor]), base_retriever=base_retriever
+        ),
+        "pic": lambda: PICRetriever(base_compressor=compressor, base_retriever=base_retriever),
+    }[way]()
+    expected = compressor.compress_documents(documents, "q")
+    assert wrapped.invoke("q") == expected
+    assert asyncio.run(wrapped.ainvoke("q")) == expected
+
+
+def test_a_pipeline_may_split_before_it_compresses(compressor, documents):
+    splitter = CharacterTextSplitter(separator=" ", chunk_size=30, chunk_overlap=0)
+    pipeline = DocumentCompressorPipeline(transformers=[splitter, compressor])
+    pieces = pipeline.compress_documents(documents, "q")
+    assert len(pieces) > len(documents)
+    assert [piece.page_content for piece in restore_documents(pieces, store=compressor.store)] == [
+        piece.page_content for piece in splitter.split_documents(documents)
+    ]
+
+
+def test_no_documents_give_no_documents(compressor, base_retriever):
+    assert compressor.compress_documents([], "q") == []
+    assert compressor.as_runnable().invoke([]) == []
+    assert (
+        PICDocumentTransformer(compressor=compressor.compressor, store=compressor.store).transform_documents([]) == []
+    )
+    empty = base_retriever.model_copy(update={"documents": []})
+    assert PICRetriever(base_compressor=compressor, base_retriever=empty).invoke("q") == []
+    assert restore_documents([]) == []
+
+
+def test_an_empty_document_stays_a_document(compressor):
+    empty = Document(page_content="", id="nothing")
+    (compressed,) = compressor.compress_documents([empty], "q")
+    assert compressed.metadata["pic_memory_tokens"] == 0
+    assert restore_documents([compressed], store=compressor.store) == [empty]
+
+
+@pytest.mark.parametrize("keep_source", [True, False])
+def test_restored_documents_are_the_original_ones_unless_the_source_was_not_kept(compressor, documents, keep_source):
+    compressor.keep_source = keep_source
+    compressed = compressor.compress_documents(documents, "q")
+    assert ("pic_source_text" in compressed[0].metadata) is keep_source
+    if keep_source:
+        assert restore_documents(compressed, store=compressor.store) == documents
+        for document in compressed:
+            del document.metadata["pic_source_text"]
+        assert restore_documents(compressed, store=compressor.store) == documents  # out of the store
+        with pytest.raises(UnknownHandleError):
+            restore_documents(compressed, store=compressor.store, namespace="other")
+    else:
+        with pytest.raises(UnknownHandleError):
+            restore_documents(compressed, store=compressor.store)
+
+
+def test_compressing_twice_is_compressing_once_and_another_ratio_starts_from_the_source(compressor, documents):
+    once = compressor.compress_documents(documents, "q")
+    assert compressor.compress_documents(once, "q") == once
+    coarse = compressor.model_copy(update={"ratio": 16})
+    assert coarse.compress_documents(once, "q") == coarse.compress_documents(documents, "q") != once
+
+
+def test_a_handle_without_source_passes_if_the_memory_is_there_and_is_an_error_if_not(compressor, documents):
+    compressor.keep_source = False
+    once = compressor.compress_documents(documents, "q")
+    assert compressor.compress_documents(once, "q") == once
+    with pytest.raises(UnknownHandleError):
+        compressor.model_copy(update={"namespace": "other"}).compress_documents(once, "q")
+
+
+def test_top_n_keeps_the_first_documents(compressor, documents):
+    best = compressor.model_copy(update={"top_n": 2}).compress_documents(documents, "q")
+    assert [document.id for document in best] == ["passage-0", "passage-1"]
+
+
+def test_documents_with_handles_survive_pickle_and_json(compressor, documents):
+    compressed = compressor.compress_documents(documents, "q")
+    assert pickle.loads(pickle.dumps(compressed)) == compressed
+    assert [load(json.loads(json.dumps(dumpd(document)))) for document in compressed] == compressed
+
+
+def test_a_component_given_by_settings_pickles():
+    settings = PICCompressor(model_name="some/compressor", ratio=8, namespace="team", top_n=2)
+    assert pickle.loads(pickle.dumps(settings)) == settings
+
+
+@pytest.mark.parametrize("make", [InMemoryByteStore, lambda: PICByteStore(InMemoryByteStore())])
+def test_any_byte_store_of_langchain_keeps_the_memories(compressor, chat, documents, make):
+    other = make()
+    compressed = compressor.model_copy(update={"store": other}).compress_documents(documents, "q")
+    assert len(list(other.yield_keys(prefix="default/"))) == 2 * len(documents)  # a memory and a text each
+    assert chat.model_copy(update={"store": other}).invoke(compressed[0].page_content)
+    assert list(compressor.store.yield_keys()) == []
+
+
+def test_the_trace_shows_how_many_tokens_were_saved_and_whose_child_the_run_is(compressor, documents, base_retriever):
+    runs = RunCollectorCallbackHandler()
+    chain = PICRetriever(base_compressor=compressor, base_retriever=base_retriever)
+    for call in (chain.invoke, lambda *args: asyncio.run(chain.ainvoke(*args))):
+        runs.traced_runs.clear()
+        call("q", {"callbacks": [runs]})
+        (root,) = runs.traced_runs
+        run = next(child for child in root.child_runs if child.name == "PICCompressor")
+        text_tokens = sum(len(document.page_content) for document in documents)
+        memory_tokens = sum(-(-len(document.page_content) // 4) for document in documents)
+        assert run.outputs["tokens_saved"] == text_tokens - memory_tokens
+    assert run.outputs["cached_documents"] == len(documents)
+
+
+def test_a_failure_ends_the_traced_run_with_the_error(compressor, documents):
+    class Errors(BaseCallbackHandler):
+        seen: list[BaseException] = []  # noqa: RUF012
+
+        def on_chain_error(self, error, **kwargs):
+            self.seen.append(error)
+
+    errors = Errors()
+    with pytest.raises(ValueError, match="ratio must be one of"):
+        compressor.model_copy(update={"ratio": 5}).compress_documents(documents, "q", callbacks=[errors])
+    assert len(errors.seen) == 1
+
+
+def test_the_wrong_input_of_a_chain_step_is_named(compressor):
+    with pytest.raises(TypeError, match="list of Documents"):
+        compressor.as_runnable().invoke("a question")
+
+
+def test_ingestion_keeps_the_text_to_embed_and_leaves_nothing_to_compress_at_question_time(compressor, documents):
+    ingest = PICDocumentTransformer(compressor=compressor.compressor, store=compressor.store)
+    ingested = ingest.transform_documents(documents)
+    assert [document.page_content for document in ingested] == [document.page_content for document in documents]
+    assert asyncio.run(ingest.atransform_documents(documents)) == ingested
+    runs = RunCollectorCallbackHandler()
+    compressed = compressor.as_runnable().invoke(ingested, {"callbacks": [runs]})
+    assert runs.traced_runs[0].child_runs[0].outputs["cached_documents"] == len(documents)
+    assert [document.page_content for document in compressed] == [d.metadata["pic_memory"] for d in ingested]
+    replacing = ingest.model_copy(update={"replace_content": True})
+    assert replacing.transform_documents(documents) == compressed
+
+
+def test_an_llm_that_cannot_read_handles_is_an_error_at_the_compressor_or_gets_the_text(compressor, documents):
+    llm = FakeListChatModel(responses=["yes"])
+    settings = {"compressor": compressor.compressor, "store": compressor.store, "llm": llm}
+    with pytest.raises(ValueError, match="llm must read handles"):
+        PICCompressor(**settings)
+    with pytest.raises(ValueError, match="llm must be given"):
+        PICCompressor(fallback="text")
+    as_text = PICCompressor(**settings, fallback="text")
+    assert as_text.compress_documents(documents, "q") == documents
+    compressed = compressor.compress_documents(documents, "q")
+    assert as_text.compress_documents(compressed, "q") == documents
+
+
+def test_fallback_text_comes_with_its_handle_syntax_escaped(compressor):
+    hostile = Document(page_content=f"read [[pic:{'0' * 32}]] please")
+    as_text = PICCompressor(llm=FakeListChatModel(responses=["yes"]), fallback="text")
+    assert find_handles(as_text.compress_documents([hostile], "q")[0].page_content) == []
+    assert hostile.page_content == restore_documents(compressor.compress_documents([hostile], "q"))[0].page_content
+
+
+def test_restore_puts_the_text_into_any_kind_of_prompt(compressor, documents):
+    from langchain_core.messages import HumanMessage, ToolMessage
+    from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
+
+    handle = compressor.compress_documents(documents, "q")[0].page_content
+    restore = PICRestore(store=compressor.store)
+    text = documents[0].page_content
+    assert restore.invoke(f"<{handle}>") == f"<{text}>"
+    assert (PromptTemplate.from_template("<{c}>") | restore).invoke({"c": handle}).to_string() == f"<{text}>"
+    chat_prompt = ChatPromptTemplate.from_messages([("system", "{c}"), ("human", "?")]) | restore
+    assert chat_prompt.invoke({"c": handle}).to_messages()[0].content == text
+    messages = [
+        HumanMessage([{"type": "text", "text": handle}]),
+        ToolMessage(handle, tool_call_id="1"),
+    ]
+    restored = restore.invoke(messages)
+    assert [message.text for message in restored] == [text, text]
+    assert asyncio.run(restore.ainvoke(messages)) == restored
+    with pytest.raises(UnknownHandleError):
+        PICRestore(store=compressor.store, namespace="other").invoke(handle)

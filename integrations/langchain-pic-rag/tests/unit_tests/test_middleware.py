@@ -1,0 +1,141 @@
+"""In an agent, what tools retrieve reaches the model as memories, and handles of users do not."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from langchain_core.documents import Document
+from langchain_core.language_models import FakeMessagesListChatModel
+from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
+from langchain_core.tools import create_retriever_tool, tool
+from pic_rag import find_handles
+
+from langchain_pic_rag import ChatPIC, PICRetriever
+
+agents = pytest.importorskip("langchain.agents", reason="PICMiddleware needs the extra 'agents'")
+
+REPORT = "The harbour master counted ships. " * 30
+
+
+class CallingFirst(ChatPIC):
+    """Calls the tool first, for the tiny random model never would; then it is ChatPIC."""
+
+    tool_name: str
+
+    def _generate(self, messages, stop=None, run_manager=None, **kwargs):
+        result = super()._generate(messages, stop, run_manager, **kwargs)
+        if not any(isinstance(message, ToolMessage) for message in messages):
+            call = {"name": self.tool_name, "args": {"query": "ships"}, "id": "call-1"}
+            result.generations[0].message = AIMessage("", tool_calls=[call])
+        return result
+
+
+class Recording(FakeMessagesListChatModel):
+    """Not PIC-aware; keeps what it was given."""
+
+    seen: list = []  # noqa: RUF012
+
+    def bind_tools(self, tools, **kwargs):
+        return self
+
+    def _generate(self, messages, *args, **kwargs):
+        self.seen.append(messages)
+        return super()._generate(messages, *args, **kwargs)
+
+
+@tool
+def search(query: str) -> str:
+    """Search the archive."""
+    return REPORT
+
+
+@pytest.fixture
+def calling(chat):
+    return CallingFirst(
+        compressor=chat.compressor, generator=chat.generator, store=chat.store, max_tokens=6, tool_name="search"
+    )
+
+
+def run(agent, question, way):
+    state = {"messages": [HumanMessage(question)]}
+    return (agent.invoke(state) if way == "sync" else asyncio.run(agent.ainvoke(state)))["messages"]
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_the_model_reads_the_memory_of_a_tool_message_and_the_state_keeps_its_text(calling, compressor, way):
+    from langchain_pic_rag import PICMiddleware
+
+    agent = agents.create_agent(calling, [search], middleware=[PICMiddleware(compressor)])
+    messages = run(agent, "How many ships?", way)
+    assert [message.text for message in messages if isinstance(message, ToolMessage)] == [REPORT]
+    assert messages[-1].usage_metadata["input_token_details"]["memory"] == -(-len(REPORT) // 4)
+
+
+def test_a_handle_that_a_user_types_is_text(calling, compressor, documents):
+    from langchain_pic_rag import PICMiddleware
+
+    handle = compressor.compress_documents(documents, "q")[0].page_content
+    agent = agents.create_agent(calling, [search], middleware=[PICMiddleware(compressor, tools=[])])
+    messages = run(agent, f"What is {handle}?", "sync")
+    assert messages[-1].usage_metadata["input_token_details"]["memory"] == 0
+
+
+@pytest.mark.parametrize("output", ["short", "hostile"])
+def test_a_tool_message_left_alone_resolves_no_handle(calling, compressor, documents, output):
+    from langchain_pic_rag import PICMiddleware
+
+    handle = compressor.compress_documents(documents, "q")[0].page_content
+
+    @tool("search")
+    def answer(query: str) -> str:
+        """Search the archive."""
+        return "42" if output == "short" else handle
+
+    agent = agents.create_agent(calling, [answer], middleware=[PICMiddleware(compressor)])
+    assert run(agent, "?", "sync")[-1].usage_metadata["input_token_details"]["memory"] == 0
+
+
+def test_the_handles_of_a_retriever_tool_are_trusted_by_name(calling, compressor, base_retriever):
+    from langchain_pic_rag import PICMiddleware
+
+    retriever = PICRetriever(base_retriever=base_retriever, base_compressor=compressor)
+    searching = create_retriever_tool(retriever, "search", "Search the island.")
+    agent = agents.create_agent(
+        calling, [searching], middleware=[PICMiddleware(compressor, handle_tools=["search"], min_characters=1)]
+    )
+    messages = run(agent, "?", "sync")
+    (shown,) = [message.text for message in messages if isinstance(message, ToolMessage)]
+    assert len(find_handles(shown)) == 4
+    assert messages[-1].usage_metadata["input_token_details"]["memory"] > 0
+
+
+def test_another_model_gets_an_error_or_the_text(compressor, base_retriever, documents):
+    from langchain_pic_rag import PICMiddleware
+
+    call = AIMessage("", tool_calls=[{"name": "search", "args": {"query": "x"}, "id": "1"}])
+    retriever = PICRetriever(base_retriever=base_retriever, base_compressor=compressor)
+    searching = create_retriever_tool(retriever, "search", "Search the island.")
+    model = Recording(responses=[call, AIMessage("done")])
+    refusing = agents.create_agent(model, [searching], middleware=[PICMiddleware(compressor)])
+    with pytest.raises(ValueError, match="model must read handles"):
+        run(refusing, "?", "sync")
+    middleware = PICMiddleware(compressor, handle_tools=["search"], fallback="text")
+    run(agents.create_agent(model, [searching], middleware=[middleware]), "?", "sync")
+    assert documents[0].page_content in model.seen[-1][-1].text
+    assert find_handles(model.seen[-1][-1].text) == []
+
+
+def test_the_middleware_compresses_only_long_text_of_the_named_tools(compressor):
+    from langchain_pic_rag import PICMiddleware
+
+    middleware = PICMiddleware(compressor, tools=["search"])
+    image = [{"type": "text", "text": REPORT}, {"type": "image_url", "image_url": {"url": "data:"}}]
+    messages = [
+        ToolMessage(REPORT, tool_call_id="1", name="search"),
+        ToolMessage(REPORT, tool_call_id="2", name="other"),
+        ToolMessage(image, tool_call_id="3", name="search"),
+        HumanMessage(REPORT),
+    ]
+    assert [middleware._compresses(message) for message in messages] == [True, False, False, False]
+    assert compressor.compress_documents([Document(page_content=REPORT)], "")

@@ -1,0 +1,265 @@
+"""The LLM: answers prompts in which handles stand for memories."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Generator as ResponseStream
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
+from llama_index.core.base.llms.types import (
+    ChatMessage,
+    ChatResponse,
+    ChatResponseAsyncGen,
+    ChatResponseGen,
+    CompletionResponse,
+    CompletionResponseAsyncGen,
+    CompletionResponseGen,
+    LLMMetadata,
+)
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
+from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
+from llama_index.core.llms.llm import LLM, default_completion_to_prompt
+
+from llama_index.llms.pic_rag.responses import as_chat, as_messages, completion, completions
+from llama_index.llms.pic_rag.streams import iterate_in_thread
+from pic_rag import find_handles
+
+if TYPE_CHECKING:
+    from pic_rag import Compressor, Generation, Generator, Memory, MemoryCache
+
+Prompt = str | list[dict[str, Any]]
+
+_loading = threading.Lock()
+
+
+class PICLLM(LLM):
+    """A local LLM that reads memories. Nothing is loaded before it is first used; calls from many threads take turns.
+
+    Handles are resolved from this LLM's own namespace of its store, and only those of its own compressor. Any other
+    handle raises `pic_rag.UnknownHandleError`.
+    """
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+
+    model_name: str | None = Field(
+        default=None,
+        description="Folder or hub id of a trained compressor, as for PICCompressor; it names the LLM that reads its "
+        "memories. None: the one shipped with pic-rag.",
+    )
+    generator_name: str | None = Field(
+        default=None, description="Where that LLM is, when it is not where the compressor's checkpoint says."
+    )
+    device: str | None = Field(default=None, description="Where to run; None: cuda, mps or cpu.")
+    dtype: str | None = Field(default=None, description="Compute dtype; None: the device's fast one.")
+    namespace: str = Field(default="default", description="Only memories of this namespace of the store are read.")
+    cache_folder: str | None = Field(
+        default=None, description="Folder of the default store, memories.sqlite; None: pic-rag's cache folder."
+    )
+    context_window: int | None = Field(
+        default=None, gt=0, description="Tokens of prompt and answer together; None: what the model can."
+    )
+    max_new_tokens: int = Field(default=256, gt=0, description="Longest answer, in tokens.")
+    is_chat_model: bool | None = Field(
+        default=None, description="Whether to use the chat template; None: if the model has one."
+    )
+    generate_kwargs: dict[str, Any] = Field(
+        default_factory=dict, description="Settings of every call: stop, temperature, top_p, seed."
+    )
+    model_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="More arguments of Generator.from_pretrained. With any, the model is not shared.",
+    )
+    generator: Any = Field(
+        default=None, exclude=True, repr=False, description="A pic_rag.Generator, in place of a name."
+    )
+    compressor: Any = Field(default=None, exclude=True, repr=False, description="A pic_rag.Compressor, likewise.")
+    store: Any = Field(
+        default=None, exclude=True, repr=False, description="A pic_rag.MemoryStore or any LangChain ByteStore."
+    )
+
+    _default_store: Any = PrivateAttr(default=None)
+    _memory_tokens: dict[str, int] = PrivateAttr(default_factory=dict)
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The component's name in serialised form."""
+        return "PICLLM"
+
+    @property
+    def metadata(self) -> LLMMetadata:
+        """What LlamaIndex plans prompts by. Loads the model."""
+        generator = self.load_generator()
+        has_template = bool(generator.tokenizer.chat_template)
+        return LLMMetadata(
+            context_window=self.context_window or generator.context_tokens,
+            num_output=self.max_new_tokens,
+            is_chat_model=has_template if self.is_chat_model is None else self.is_chat_model,
+            model_name=generator.model_id,
+        )
+
+    def to_payload(self) -> dict[str, Any]:
+        """What traces say about this LLM: its settings. `metadata` would load the model, in the event loop."""
+        return self.to_dict()
+
+    def load_compressor(self) -> Compressor:
+        """The compressor whose memories are read: the one given, or the one that all components of that name share."""
+        from pic_rag import shared_compressor
+
+        if self.compressor is not None:
+            return self.compressor
+        return shared_compressor(self.model_name, device=self.device, dtype=self.dtype)
+
+    def load_generator(self) -> Generator:
+        """The model that answers: the one given, or one that all components with the same settings share."""
+        from pic_rag import Generator, shared_generator
+
+        if self.generator is not None:
+            return self.generator
+        compressor = self.load_compressor()
+        name, reader = self.generator_name or compressor.generator.name, compressor.reader
+        if not self.model_kwargs:
+            return shared_generator(name, reader=reader, device=self.device, dtype=self.dtype)
+        with _loading:
+            if self.generator is None:
+                self.generator = Generator.from_pretrained(
+                    name, reader=reader, device=self.device, dtype=self.dtype, **self.model_kwargs
+                )
+            return self.generator
+
+    def unknown_handles(self, handles: Sequence[str]) -> list[str]:
+        """Those of the handles that this LLM could not resolve. `PICCompressor` asks before it shows them."""
+        cache = self._memory_cache()
+        return [handle for handle in handles if handle not in cache]
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of a text, a handle as its memory tokens (-1 each): `set_global_tokenizer(llm.tokenize)`.
+
+        LlamaIndex plans prompts by this count. A handle that is not known here counts as text.
+        """
+        token_ids: list[int] = []
+        for handle in find_handles(text):
+            before, _, text = text.partition(handle)
+            token_ids += self._tokenize_text(before)
+            count = self._count_memory_tokens(handle)
+            token_ids += self._tokenize_text(handle) if count is None else [-1] * count
+        return token_ids + self._tokenize_text(text)
+
+    @llm_completion_callback()
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:  # noqa: ANN401 - as in LLM
+        """Answer a prompt. One that is not `formatted` goes through the chat template, as a user's message."""
+        return self._answer(self._from_text(prompt, formatted), kwargs)
+
+    @llm_completion_callback()
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:  # noqa: ANN401
+        """Answer a prompt piece by piece."""
+        return self._stream(self._from_text(prompt, formatted), kwargs)
+
+    @llm_chat_callback()
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:  # noqa: ANN401
+        """Answer a conversation; handles may stand in messages of every role."""
+        return as_chat(self._answer(self._from_messages(messages), kwargs))
+
+    @llm_chat_callback()
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:  # noqa: ANN401
+        """Answer a conversation piece by piece."""
+        return self._stream_chat(messages, kwargs)
+
+    @llm_completion_callback()
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:  # noqa: ANN401
+        """As `complete`, in a thread."""
+        return await asyncio.to_thread(lambda: self._answer(self._from_text(prompt, formatted), kwargs))
+
+    @llm_completion_callback()
+    async def astream_complete(
+        self,
+        prompt: str,
+        formatted: bool = False,
+        **kwargs: Any,  # noqa: ANN401
+    ) -> CompletionResponseAsyncGen:
+        """As `stream_complete`, in a thread."""
+        stream = await asyncio.to_thread(lambda: self._stream(self._from_text(prompt, formatted), kwargs))
+        return iterate_in_thread(stream)
+
+    @llm_chat_callback()
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:  # noqa: ANN401
+        """As `chat`, in a thread."""
+        return as_chat(await asyncio.to_thread(lambda: self._answer(self._from_messages(messages), kwargs)))
+
+    @llm_chat_callback()
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:  # noqa: ANN401
+        """As `stream_chat`, in a thread."""
+        return iterate_in_thread(await asyncio.to_thread(self._stream_chat, messages, kwargs))
+
+    def _answer(self, prompt: Prompt, settings: dict[str, Any]) -> CompletionResponse:
+        generations: list[Generation] = self.load_generator().generate(
+            prompt, self._read(prompt), **self._settings(settings)
+        )
+        return completion(generations[0])
+
+    def _stream(self, prompt: Prompt, settings: dict[str, Any]) -> ResponseStream[CompletionResponse, None, None]:
+        """Checks the prompt now, decodes when the first piece is asked for."""
+        return completions(self.load_generator().stream(prompt, self._read(prompt), **self._settings(settings)))
+
+    def _stream_chat(
+        self, messages: Sequence[ChatMessage], settings: dict[str, Any]
+    ) -> ResponseStream[ChatResponse, None, None]:
+        stream = self._stream(self._from_messages(messages), settings)
+        return (as_chat(response) for response in stream)
+
+    def _settings(self, settings: dict[str, Any]) -> dict[str, Any]:
+        return {"max_new_tokens": self.max_new_tokens, **self.generate_kwargs, **settings}
+
+    def _from_text(self, prompt: str, formatted: bool) -> Prompt:
+        """Without a chat template, or with a `completion_to_prompt` of the user's own, a text stays text."""
+        own = self.completion_to_prompt not in (None, default_completion_to_prompt)
+        if formatted:
+            return prompt
+        if own and self.completion_to_prompt is not None:
+            return self.completion_to_prompt(prompt)
+        return [{"role": "user", "content": prompt}] if self.metadata.is_chat_model else prompt
+
+    def _from_messages(self, messages: Sequence[ChatMessage]) -> Prompt:
+        own = self.messages_to_prompt not in (None, generic_messages_to_prompt)
+        if self.messages_to_prompt is not None and (own or not self.metadata.is_chat_model):
+            return self.messages_to_prompt(messages)
+        return as_messages(messages)
+
+    def _read(self, prompt: Prompt) -> list[Memory]:
+        """The memories of the prompt's handles. One that is missing is named by the generator."""
+        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
+        handles = list(dict.fromkeys(handle for text in texts for handle in find_handles(text)))
+        if not handles:
+            return []
+        return [memory for memory in self._memory_cache().get(handles) if memory is not None]
+
+    def _memory_cache(self) -> MemoryCache:
+        from pic_rag import MemoryCache
+
+        return MemoryCache(self._kept_in(), self.load_compressor().fingerprint, namespace=self.namespace)
+
+    def _kept_in(self) -> Any:  # noqa: ANN401 - any store, a foreign one included
+        from pic_rag import SQLiteStore, cache_folder
+
+        if self.store is not None:
+            return self.store
+        if self._default_store is None:
+            folder = Path(self.cache_folder) if self.cache_folder else cache_folder()
+            self._default_store = SQLiteStore(folder / "memories.sqlite")
+        return self._default_store
+
+    def _tokenize_text(self, text: str) -> list[int]:
+        tokenizer = self.load_generator().tokenizer
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+
+    def _count_memory_tokens(self, handle: str) -> int | None:
+        """Kept for the next time: prompts are planned by counting the same handles again and again."""
+        if handle not in self._memory_tokens:
+            [memory] = self._memory_cache().get([handle])
+            if memory is None:
+                return None
+            self._memory_tokens[handle] = memory.memory_tokens
+        return self._memory_tokens[handle]

@@ -1,0 +1,258 @@
+"""PICLLM on a tiny random model: what reaches the model, and what comes back."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole
+from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
+from llama_index.core.prompts import PromptTemplate
+from pic_rag import UnknownHandleError, escape_handles
+
+from llama_index.llms.pic_rag import PICLLM
+from llama_index.llms.pic_rag.streams import iterate_in_thread
+
+ABSENT = "[[pic:" + "0" * 32 + "]]"
+
+
+def ask(content: str) -> list[ChatMessage]:
+    return [ChatMessage(role="user", content=content)]
+
+
+def test_importing_the_package_loads_no_torch():
+    code = "import sys, llama_index.llms.pic_rag; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_building_an_llm_loads_nothing_and_reads_no_file():
+    PICLLM(model_name="/no/such/folder").to_payload()
+
+
+def test_a_model_that_is_not_there_is_an_error_at_first_use():
+    with pytest.raises(FileNotFoundError, match="/no/such/folder"):
+        PICLLM(model_name="/no/such/folder").complete("hello")
+
+
+def test_two_llms_with_the_same_settings_share_their_models(checkpoint):
+    first, second = PICLLM(model_name=checkpoint, dtype="float32"), PICLLM(model_name=checkpoint, dtype="float32")
+    assert first.load_generator() is second.load_generator()
+    assert first.load_compressor() is second.load_compressor()
+    assert first.complete("a", max_new_tokens=2).text == second.complete("a", max_new_tokens=2).text
+
+
+def test_model_kwargs_reach_the_model_which_is_then_loaded_once_for_this_llm(checkpoint):
+    own = PICLLM(model_name=checkpoint, dtype="float32", model_kwargs={"attn_implementation": "eager"})
+    assert own.load_generator().model.config._attn_implementation == "eager"
+    assert own.load_generator() is own.load_generator()
+    assert own.load_generator() is not PICLLM(model_name=checkpoint, dtype="float32").load_generator()
+
+
+def test_a_handle_is_read_as_its_memory_tokens(llm, memory):
+    usage = llm.chat(ask(f"{memory.handle} Who?")).raw["usage"]
+    without = llm.chat(ask(" Who?")).raw["usage"]
+    assert usage["memory_tokens"] == memory.memory_tokens > 0
+    assert usage["prompt_tokens"] == without["prompt_tokens"] + memory.memory_tokens
+
+
+@pytest.mark.parametrize("role", [MessageRole.SYSTEM, MessageRole.USER, MessageRole.ASSISTANT, MessageRole.TOOL])
+def test_handles_are_read_in_every_role(llm, memory, role):
+    messages = [ChatMessage(role=role, content=memory.handle), ChatMessage(role="user", content="Who?")]
+    assert llm.chat(messages).raw["usage"]["memory_tokens"] == memory.memory_tokens
+
+
+def test_chat_answers_as_the_generator_does_with_the_same_messages(llm, memory, tiny_generator):
+    messages = [{"role": "user", "content": f"{memory.handle} Who?"}]
+    [expected] = tiny_generator.generate(messages, [memory], max_new_tokens=8)
+    assert llm.chat(ask(f"{memory.handle} Who?")).message.content == expected.text
+    assert llm.complete(f"{memory.handle} Who?").text == expected.text
+
+
+def test_a_formatted_prompt_goes_to_the_model_as_it_is(llm, tiny_generator):
+    [expected] = tiny_generator.generate("Who?", max_new_tokens=8)
+    assert llm.complete("Who?", formatted=True).text == expected.text
+
+
+def test_a_prompt_function_of_the_users_own_replaces_the_chat_template(tiny_compressor, tiny_generator, store):
+    own = PICLLM(
+        compressor=tiny_compressor,
+        generator=tiny_generator,
+        store=store,
+        completion_to_prompt=lambda prompt: f"<{prompt}>",
+        messages_to_prompt=lambda messages: f"({messages[0].content})",
+    )
+    assert own.complete("Who?", max_new_tokens=4).text == tiny_generator.generate("<Who?>", max_new_tokens=4)[0].text
+    assert own.chat(ask("Who?"), max_new_tokens=4).message.content == (
+        tiny_generator.generate("(Who?)", max_new_tokens=4)[0].text
+    )
+
+
+def test_without_a_chat_template_messages_become_text(tiny_compressor, tiny_generator, store):
+    plain = PICLLM(compressor=tiny_compressor, generator=tiny_generator, store=store, is_chat_model=False)
+    assert not plain.metadata.is_chat_model
+    expected = tiny_generator.generate("user: Who?\nassistant: ", max_new_tokens=4)[0].text
+    assert plain.chat(ask("Who?"), max_new_tokens=4).message.content == expected
+
+
+def test_pieces_of_a_stream_join_to_the_whole_answer(llm, memory):
+    prompt = f"{memory.handle} Who?"
+    whole = llm.complete(prompt)
+    pieces = list(llm.stream_complete(prompt))
+    assert "".join(piece.delta for piece in pieces) == pieces[-1].text == whole.text
+    assert pieces[-1].raw["usage"] == whole.raw["usage"]
+    messages = list(llm.stream_chat(ask(prompt)))
+    assert "".join(message.delta for message in messages) == messages[-1].message.content == whole.text
+
+
+def test_async_calls_answer_as_the_blocking_ones(llm, memory):
+    prompt = f"{memory.handle} Who?"
+
+    async def all_four() -> list[str]:
+        complete = (await llm.acomplete(prompt)).text
+        chat = (await llm.achat(ask(prompt))).message.content
+        streamed = [piece.delta async for piece in await llm.astream_complete(prompt)]
+        messages = [message.delta async for message in await llm.astream_chat(ask(prompt))]
+        return [complete, chat, "".join(streamed), "".join(messages)]
+
+    assert asyncio.run(all_four()) == [llm.complete(prompt).text] * 4
+
+
+@pytest.mark.parametrize("method", ["acomplete", "achat", "astream_complete", "astream_chat"])
+def test_async_calls_leave_the_event_loop_free(llm, method):
+    prompt = "Who?" if "complete" in method else ask("Who?")
+
+    async def count_ticks() -> int:
+        ticks = 0
+        done = asyncio.Event()
+
+        async def tick() -> None:
+            nonlocal ticks
+            while not done.is_set():
+                ticks += 1
+                await asyncio.sleep(0.001)
+
+        ticking = asyncio.create_task(tick())
+        answer = await getattr(llm, method)(prompt, max_new_tokens=100)
+        if "stream" in method:
+            async for _ in answer:
+                pass
+        done.set()
+        await ticking
+        return ticks
+
+    assert asyncio.run(count_ticks()) > 10
+
+
+def test_errors_of_an_async_stream_reach_the_consumer():
+    def failing():
+        yield 1
+        raise RuntimeError("out of memory")
+
+    async def consume() -> list[int]:
+        return [item async for item in iterate_in_thread(failing())]
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        asyncio.run(consume())
+
+
+def test_a_consumer_that_stops_asking_stops_the_model():
+    closed = threading.Event()
+
+    def endless():
+        try:
+            while True:
+                time.sleep(0.001)
+                yield 1
+        finally:
+            closed.set()
+
+    async def take_one() -> None:
+        items = iterate_in_thread(endless())
+        async for _ in items:
+            break
+        await items.aclose()
+
+    asyncio.run(take_one())
+    assert closed.wait(5)
+
+
+def test_a_handle_nobody_made_is_an_error_that_names_it(llm):
+    for call in (llm.complete, llm.stream_complete):
+        with pytest.raises(UnknownHandleError, match="0000"):
+            call(f"What is {ABSENT}?")
+
+
+def test_a_handle_of_another_namespace_never_resolves(tiny_compressor, tiny_generator, store, memory):
+    other = PICLLM(compressor=tiny_compressor, generator=tiny_generator, store=store, namespace="other")
+    assert other.unknown_handles([memory.handle]) == [memory.handle]
+    with pytest.raises(UnknownHandleError):
+        other.complete(memory.handle)
+
+
+def test_an_escaped_handle_is_text(llm, memory):
+    assert llm.complete(escape_handles(memory.handle)).raw["usage"]["memory_tokens"] == 0
+
+
+def test_the_tokenizer_counts_a_handle_as_its_memory_tokens(llm, memory):
+    assert llm.tokenize(f"ab{memory.handle}c{memory.handle}") == [
+        *llm.tokenize("ab"),
+        *[-1] * memory.memory_tokens,
+        *llm.tokenize("c"),
+        *[-1] * memory.memory_tokens,
+    ]
+    assert len(llm.tokenize(ABSENT)) == len(ABSENT)
+    assert llm.tokenize("") == []
+
+
+def test_metadata_tells_llama_index_how_to_plan_prompts(llm, tiny_generator):
+    assert llm.metadata.context_window == tiny_generator.context_tokens
+    assert llm.metadata.num_output == 8
+    assert llm.metadata.is_chat_model
+    assert llm.metadata.model_name == tiny_generator.model_id
+    assert llm.model_copy(update={"context_window": 100}).metadata.context_window == 100
+
+
+def test_settings_of_a_call_win_over_those_of_the_llm(tiny_compressor, tiny_generator, store):
+    llm = PICLLM(
+        compressor=tiny_compressor,
+        generator=tiny_generator,
+        store=store,
+        max_new_tokens=3,
+        generate_kwargs={"temperature": 1.0, "seed": 1},
+    )
+    expected = tiny_generator.generate("a", max_new_tokens=3, temperature=1.0, seed=1)[0].text
+    assert llm.complete("a", formatted=True).text == expected
+    assert llm.complete("a", formatted=True, max_new_tokens=5).raw["usage"]["completion_tokens"] == 5
+    with pytest.raises(TypeError, match="no_such_setting"):
+        llm.complete("a", no_such_setting=1)
+
+
+def test_a_message_that_holds_no_text_is_refused(llm):
+    with pytest.raises(ValueError, match="ImageBlock"):
+        llm.chat([ChatMessage(role="user", blocks=[ImageBlock(image=b"x")])])
+
+
+def test_llama_index_counts_the_tokens_that_the_model_read(llm, memory):
+    counter = TokenCountingHandler(tokenizer=lambda text: text.split())
+    llm.callback_manager = CallbackManager([counter])
+    usage = llm.chat(ask(memory.handle)).raw["usage"]
+    assert counter.prompt_llm_token_count == usage["prompt_tokens"]
+    assert counter.completion_llm_token_count == usage["completion_tokens"]
+
+
+def test_predict_and_stream_work_with_prompt_templates(llm, memory):
+    template = PromptTemplate("{context} Who?")
+    whole = llm.predict(template, context=memory.handle)
+    assert "".join(llm.stream(template, context=memory.handle)) == whole
+    assert asyncio.run(llm.apredict(template, context=memory.handle)) == whole
+
+
+def test_settings_survive_json_without_the_objects(llm):
+    restored = PICLLM.from_dict({**llm.to_dict(), "namespace": "b"})
+    assert restored.namespace == "b"
+    assert restored.max_new_tokens == 8
+    assert restored.generator is None

@@ -1,0 +1,55 @@
+"""Which LLM will read the nodes, and whether it reads memories.
+
+LlamaIndex does not tell a postprocessor who reads its nodes. What can be known is looked up in this order: the LLM
+given to the postprocessor, the LLM of the query or chat engine that is calling (found on the call stack), and the LLM
+set in `Settings`. Nodes that are postprocessed by hand and passed on later may end up anywhere: nobody can know.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+from llama_index.core import Settings
+from llama_index.core.base.base_query_engine import BaseQueryEngine
+from llama_index.core.base.llms.base import BaseLLM
+from llama_index.core.chat_engine.types import BaseChatEngine
+from llama_index.core.llms.structured_llm import StructuredLLM
+from llama_index.core.response_synthesizers.context_only import ContextOnly
+from llama_index.core.response_synthesizers.no_text import NoText
+
+
+class Nobody:
+    """Stands for an engine that gives the nodes to no LLM: `response_mode` "no_text" or "context_only"."""
+
+
+def find_reader() -> BaseLLM | Nobody | None:
+    """Who will read the nodes, as far as can be known. Call it in the thread and task that the engine called in."""
+    engine = _calling_engine()
+    synthesizer = getattr(engine, "_response_synthesizer", None)
+    if isinstance(synthesizer, (ContextOnly, NoText)):
+        return Nobody()
+    reader = getattr(synthesizer or engine, "_llm", None)
+    if reader is None:
+        reader = Settings._llm  # Settings.llm would load OpenAI's when none is set
+    return reader if isinstance(reader, BaseLLM) else None
+
+
+def reads_memories(llm: BaseLLM) -> bool:
+    """Whether an LLM can be asked which handles it does not know, which is what makes it read memories."""
+    return callable(getattr(unwrap(llm), "unknown_handles", None))
+
+
+def unwrap(llm: BaseLLM) -> BaseLLM:
+    """The LLM inside `as_structured_llm`'s wrapper."""
+    return llm.llm if isinstance(llm, StructuredLLM) else llm
+
+
+def _calling_engine() -> BaseQueryEngine | BaseChatEngine | None:
+    """The innermost engine on the call stack; one that awaits is on it too."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, (BaseQueryEngine, BaseChatEngine)):
+            return owner
+        frame = frame.f_back
+    return None

@@ -1,0 +1,109 @@
+"""The postprocessor: retrieved nodes show the LLM their memory's handle in place of their text."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from llama_index.core.bridge.pydantic import Field
+from llama_index.core.postprocessor.types import BaseNodePostprocessor
+from llama_index.core.schema import NodeWithScore, QueryBundle
+
+from llama_index.postprocessor.pic_rag.answering import Nobody, find_reader, reads_memories, unwrap
+from llama_index.postprocessor.pic_rag.nodes import restore_nodes, show_handle
+from llama_index.postprocessor.pic_rag.settings import CompressionSettings
+from pic_rag import find_handles
+
+if TYPE_CHECKING:
+    from pic_rag import Memory
+
+
+class PICCompressor(CompressionSettings, BaseNodePostprocessor):
+    """Compresses retrieved nodes for an LLM that reads memories, such as `PICLLM`. Put it last of all postprocessors.
+
+    The LLM is shown one handle a node; `source_nodes`, evaluators and everybody else read the original text. Ids,
+    scores, order, metadata and relationships stay, and the nodes passed in are not changed. The query plays no part.
+    """
+
+    top_n: int | None = Field(default=None, ge=1, description="Nodes to keep, the first ones; None: all.")
+    fallback: Literal["error", "text"] = Field(
+        default="error", description="For an LLM that is known not to read memories: raise, or give it the text."
+    )
+    label: str | None = Field(
+        default=None,
+        description="Line above each handle, such as 'Source {number}:', which CitationQueryEngine needs.",
+    )
+    llm: Any = Field(
+        default=None, exclude=True, repr=False, description="The LLM that answers, where it cannot be found out."
+    )
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The component's name in serialised form."""
+        return "PICCompressor"
+
+    def _postprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        return self._compress(nodes, query_bundle, self.llm or find_reader())
+
+    async def _apostprocess_nodes(
+        self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
+    ) -> list[NodeWithScore]:
+        reader = self.llm or find_reader()  # here: another thread does not see the engine
+        return await asyncio.to_thread(self._compress, nodes, query_bundle, reader)
+
+    def _compress(
+        self,
+        nodes: list[NodeWithScore],
+        query_bundle: QueryBundle | None,
+        reader: Any,  # noqa: ANN401 - any LLM
+    ) -> list[NodeWithScore]:
+        _refuse_handles(query_bundle)
+        kept = nodes[: self.top_n]
+        if not self._shows_handles(reader):
+            return restore_nodes(kept)
+        memories = self.make_memories([node.node for node in kept])
+        if reader is not None:
+            self._check_known(reader, memories)
+        return [
+            self._show(*shown) for shown in zip(restore_nodes(kept), memories, range(1, len(kept) + 1), strict=True)
+        ]
+
+    def _shows_handles(self, reader: Any) -> bool:  # noqa: ANN401 - any LLM
+        if isinstance(reader, Nobody):
+            return False
+        if reader is None or reads_memories(reader):
+            return True
+        if self.fallback == "error":
+            raise ValueError(
+                f"llm must read memories, as PICLLM does, got {type(unwrap(reader)).__name__}. Answer with PICLLM, "
+                'pass the LLM that answers as PICCompressor(llm=...), or choose fallback="text": the original text.'
+            )
+        return False
+
+    def _check_known(self, reader: Any, memories: Sequence[Memory | None]) -> None:  # noqa: ANN401 - any such LLM
+        """An LLM with other settings would fail at its first handle, with less to say about the reason."""
+        handles = [memory.handle for memory in memories if memory is not None]
+        llm: Any = unwrap(reader)
+        if unknown := llm.unknown_handles(handles):
+            raise ValueError(
+                f"llm must find the memories that PICCompressor makes, got {len(unknown)} of {len(handles)} that "
+                f"{type(llm).__name__} does not find. Give both the same compressor, dtype, store (or "
+                "cache_folder) and namespace; a store that could not be written has logged a warning."
+            )
+
+    def _show(self, node: NodeWithScore, memory: Memory | None, number: int) -> NodeWithScore:
+        if memory is None:
+            return node
+        label = None if self.label is None else self.label.replace("{number}", str(number))
+        return node.model_copy(update={"node": show_handle(node.node, memory.handle, label)})
+
+
+def _refuse_handles(query_bundle: QueryBundle | None) -> None:
+    """A question is printed into the prompt as it is, where a handle in it would be resolved."""
+    if query_bundle is not None and (handles := find_handles(query_bundle.query_str)):
+        raise ValueError(
+            f"query must not hold a handle, got {handles[0]}. Pass it through pic_rag.escape_handles first."
+        )

@@ -1,0 +1,129 @@
+"""What the postprocessor and the ingestion transform have in common: how nodes become memories."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from llama_index.core.instrumentation import get_dispatcher
+from llama_index.core.schema import BaseNode, MetadataMode
+
+from llama_index.postprocessor.pic_rag.events import PICCompressEndEvent, PICCompressStartEvent
+from llama_index.postprocessor.pic_rag.nodes import restore_node
+
+if TYPE_CHECKING:
+    from pic_rag import Compressor, Memory, MemoryCache
+
+dispatcher = get_dispatcher(__name__)
+
+_loading = threading.Lock()
+
+
+class CompressionSettings(BaseModel):
+    """Settings of a compression; nothing is loaded before the first node is compressed."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
+
+    model_name: str | None = Field(
+        default=None, description="Folder or hub id of a trained compressor; None: the one shipped with pic-rag."
+    )
+    ratio: int | None = Field(default=None, description="Text tokens per memory token; None: the compressor's default.")
+    device: str | None = Field(default=None, description="Where to compress; None: cuda, mps or cpu.")
+    dtype: str | None = Field(default=None, description="Compute dtype; None: the device's fast one.")
+    batch_size: int | None = Field(default=None, ge=1, description="Encoder rows computed at once.")
+    namespace: str = Field(default="default", description="Keeps the memories of different users of a store apart.")
+    at_rest: Literal["bf16", "int8", "int4"] = Field(default="bf16", description="How memories are kept in the store.")
+    metadata_mode: MetadataMode = Field(
+        default=MetadataMode.LLM,
+        description="What of a node is compressed: 'llm' what the LLM would have read, 'none' the text alone.",
+    )
+    cache_folder: str | None = Field(
+        default=None, description="Folder of the default store, memories.sqlite; None: pic-rag's cache folder."
+    )
+    model_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="More arguments of Compressor.from_pretrained. With any, the model is not shared.",
+    )
+    compressor: Any = Field(
+        default=None, exclude=True, repr=False, description="A pic_rag.Compressor, in place of a name."
+    )
+    store: Any = Field(
+        default=None, exclude=True, repr=False, description="A pic_rag.MemoryStore or any LangChain ByteStore."
+    )
+
+    _default_store: Any = PrivateAttr(default=None)
+
+    def load_compressor(self) -> Compressor:
+        """The compressor: the one given, or one that all components with the same settings share."""
+        from pic_rag import Compressor, shared_compressor
+
+        if self.compressor is not None:
+            return self.compressor
+        if not self.model_kwargs:
+            return shared_compressor(self.model_name, device=self.device, dtype=self.dtype)
+        with _loading:
+            if self.compressor is None:
+                self.compressor = Compressor.from_pretrained(
+                    self.model_name, device=self.device, dtype=self.dtype, **self.model_kwargs
+                )
+            return self.compressor
+
+    def memory_cache(self) -> MemoryCache:
+        """The memories kept for this compressor and namespace."""
+        from pic_rag import MemoryCache
+
+        return MemoryCache(
+            self._kept_in(), self.load_compressor().fingerprint, namespace=self.namespace, at_rest=self.at_rest
+        )
+
+    def make_memories(self, nodes: Sequence[BaseNode]) -> list[Memory | None]:
+        """One memory a node, in order, out of the store or made now; None for a node without text.
+
+        Raises:
+            ValueError: when the compressor does not serve the ratio, or a text is not valid Unicode.
+        """
+        texts = [restore_node(node).get_content(self.metadata_mode) for node in nodes]
+        found = [number for number, text in enumerate(texts) if text]
+        memories: list[Memory | None] = [None] * len(nodes)
+        if not found:
+            return memories
+        begin = time.perf_counter()
+        dispatcher.event(PICCompressStartEvent(documents=len(found), ratio=self.ratio, compressor=self.model_name))
+        made, cached = self.memory_cache().get_or_compress(
+            [texts[number] for number in found],
+            self.load_compressor(),
+            self.ratio,
+            sources=[nodes[number].node_id for number in found],
+            batch_size=self.batch_size,
+        )
+        for number, memory in zip(found, made, strict=True):
+            memories[number] = memory
+        dispatcher.event(_end_event(made, sum(cached), 1000 * (time.perf_counter() - begin)))
+        return memories
+
+    def _kept_in(self) -> Any:  # noqa: ANN401 - any store, a foreign one included
+        from pic_rag import SQLiteStore, cache_folder
+
+        if self.store is not None:
+            return self.store
+        if self._default_store is None:
+            folder = Path(self.cache_folder) if self.cache_folder else cache_folder()
+            self._default_store = SQLiteStore(folder / "memories.sqlite")
+        return self._default_store
+
+
+def _end_event(memories: Sequence[Memory], cached: int, latency_ms: float) -> PICCompressEndEvent:
+    text_tokens = sum(memory.text_tokens for memory in memories)
+    memory_tokens = sum(memory.memory_tokens for memory in memories)
+    return PICCompressEndEvent(
+        documents=len(memories),
+        cached=cached,
+        text_tokens=text_tokens,
+        memory_tokens=memory_tokens,
+        tokens_saved=text_tokens - memory_tokens,
+        latency_ms=latency_ms,
+    )

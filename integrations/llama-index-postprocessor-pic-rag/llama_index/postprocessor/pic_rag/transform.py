@@ -1,0 +1,52 @@
+"""The ingestion transform: memories are made when documents are indexed, so that no question waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import Any
+
+from llama_index.core.bridge.pydantic import Field
+from llama_index.core.schema import BaseNode, TransformComponent
+
+from llama_index.postprocessor.pic_rag.nodes import note_handle, restore_node, show_handle
+from llama_index.postprocessor.pic_rag.settings import CompressionSettings
+
+
+class PICTransform(CompressionSettings, TransformComponent):
+    """Compresses nodes into the store, for `PICCompressor` with the same settings to find. Put it after the splitter.
+
+    Every node carries its handle in `metadata["pic_memory"]`, hidden from LLM and embedding model: the index still
+    serves any LLM. What an ingestion cache replays, or a lost store lacks, `PICCompressor` compresses again.
+    """
+
+    show_handles: bool = Field(
+        default=False,
+        description="Show the LLM the handles straight from the index, for an index that only PICLLM reads. Embeddings "
+        "are then made of the text without metadata, and a memory that the store loses is an error.",
+    )
+
+    @classmethod
+    def class_name(cls) -> str:
+        """The component's name in serialised form."""
+        return "PICTransform"
+
+    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:  # noqa: ANN401 - the base class's
+        """Copies of the nodes that carry their handles, in order; a node without text stays as it is."""
+        carry = show_handle if self.show_handles else note_handle
+        return [
+            restore_node(node) if memory is None else carry(node, memory.handle)
+            for node, memory in zip(nodes, self.make_memories(nodes), strict=True)
+        ]
+
+    async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:  # noqa: ANN401 - likewise
+        """As a call, without blocking the event loop."""
+        return await asyncio.to_thread(self, nodes, **kwargs)
+
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - the base class's
+        """The settings and the compressor's fingerprint: the ingestion cache's key. Loads the compressor.
+
+        A name alone would not do: other weights in the same folder make other memories.
+        """
+        compressor = self.load_compressor()
+        return {**super().to_dict(**kwargs), "fingerprint": compressor.fingerprint, "compute_dtype": compressor.dtype}

@@ -1,0 +1,119 @@
+"""`pic-rag ask`: one question, answered from the user's documents."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pic_rag.cli.console import calm_libraries, say, status
+from pic_rag.cli.options import (
+    Commands,
+    add_command,
+    add_model_options,
+    add_ratio,
+    loading,
+    positive,
+    progress,
+    quality_note,
+    show_bars,
+)
+
+if TYPE_CHECKING:
+    from pic_rag.rag import Answer, PicRag
+
+MODES = ("pic", "text", "none", "truncate")
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "ask",
+        help="answer a question from documents",
+        description="Answer a question from text, Markdown and PDF files. Files that cannot be read are named on "
+        "standard error; the answer is given from the others.",
+    )
+    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("--docs", nargs="+", default=[], metavar="PATH", help="files, and folders of files")
+    parser.add_argument("--index", type=Path, metavar="DIR", help="keep passages and memories here, and use what is")
+    add_ratio(parser)
+    parser.add_argument("--top-k", type=positive, default=3, metavar="N", help="passages shown to the generator")
+    parser.add_argument(
+        "--mode",
+        choices=MODES,
+        default="pic",
+        help="what the generator reads: memories (pic), the full text, nothing, or text cut to as many tokens",
+    )
+    parser.add_argument("--max-new-tokens", type=positive, default=64, metavar="N", help="longest answer")
+    parser.add_argument("--json", action="store_true", help="print one JSON object: answer, documents, tokens, times")
+    add_model_options(parser)
+    parser.set_defaults(run=run, usage_error=parser.error)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Index what is new, then ask."""
+    if not args.docs and not _is_index(args.index):
+        args.usage_error("name documents with --docs, or an index that exists with --index")
+    rag = _open(args)
+    if not len(rag.retriever):
+        raise ValueError("--docs must name at least one document that can be read, got none.")
+    stream = rag.stream(
+        args.question,
+        top_k=args.top_k,
+        ratio=args.ratio,
+        mode=args.mode,
+        max_new_tokens=args.max_new_tokens,
+        progress=progress(args),
+    )
+    live = sys.stdout.isatty() and not args.json
+    printed = False
+    while True:
+        try:
+            piece = next(stream)
+        except StopIteration as done:
+            answer: Answer = done.value
+            break
+        if live:
+            print(piece if printed else piece.lstrip(), end="", flush=True)
+            printed = printed or bool(piece.strip())
+    if args.json:
+        print(json.dumps(answer.to_dict(), ensure_ascii=False, indent=2))
+        return 0
+    print("" if live else answer.answer, flush=True)
+    if not args.quiet:
+        say(_cost(answer, args.mode))
+        if args.mode == "pic" and (note := quality_note(rag.compressor.name)):
+            say(f"note: {note}")
+    return 0
+
+
+def _is_index(folder: Path | None) -> bool:
+    return folder is not None and (folder / "pic_rag.json").is_file()
+
+
+def _open(args: argparse.Namespace) -> PicRag:
+    with status("Loading the models", quiet=args.quiet):
+        from pic_rag.rag import PicRag
+
+        calm_libraries(bars=show_bars(args))
+        known = _is_index(args.index)
+        rag = PicRag.load(args.index, **loading(args)) if known else PicRag.from_pretrained(**loading(args))
+    before = len(rag.retriever)
+    rag.add_files(args.docs, progress=progress(args))
+    if args.index is not None and len(rag.retriever) > before:
+        rag.save(args.index)
+    return rag
+
+
+def _cost(answer: Answer, mode: str) -> str:
+    """One line: what the answer was given from, and what it cost."""
+    sources = list(dict.fromkeys(document.source for document in answer.documents))
+    read = f"the generator read {answer.prompt_tokens} tokens"
+    if mode != "text":
+        read += f" in place of {answer.text_prompt_tokens}"
+    seconds = answer.latency_ms["total"] / 1000
+    given = f"from {', '.join(sources)}" if mode != "none" else "from no document"
+    return f"{given}; {read}; {seconds:.1f} s"

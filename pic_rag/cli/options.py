@@ -1,0 +1,95 @@
+"""Options that several commands share, and what is made of them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pic_rag.cli.console import calm_libraries, status
+
+if TYPE_CHECKING:
+    from pic_rag.compressor import Compressor
+
+Commands = Any  # argparse names the type of add_subparsers() with an underscore
+
+
+def add_command(commands: Commands, name: str, *, help: str, description: str = "") -> argparse.ArgumentParser:
+    """A parser with the options every command has."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=help, description=description or help)
+    parser.add_argument("--quiet", action="store_true", help="no progress bars and no notes")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks and the libraries' own warnings")
+    return parser
+
+
+def add_model_options(parser: argparse.ArgumentParser, *, generator: bool = True) -> None:
+    """Where the models are and what they run on."""
+    models = parser.add_argument_group("models")
+    models.add_argument("--compressor", metavar="NAME", help="folder or hub id (default: the one shipped with pic-rag)")
+    if generator:
+        models.add_argument("--generator", metavar="NAME", help="folder or hub id (default: where the compressor says)")
+    models.add_argument("--device", help="such as cpu, cuda, mps (default: the best there is)")
+    models.add_argument("--dtype", help="such as float32, bfloat16 (default: what the device is fast at)")
+
+
+def add_ratio(parser: argparse.ArgumentParser) -> None:
+    """How far to compress."""
+    parser.add_argument(
+        "--ratio", type=positive, metavar="N", help="text tokens per memory token (default: the compressor's own)"
+    )
+
+
+def positive(text: str) -> int:
+    """A whole number above zero, for argparse."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text}")
+    return number
+
+
+def progress(args: argparse.Namespace) -> bool | None:
+    """False with --quiet; None lets the library show a bar on a terminal."""
+    return False if args.quiet else None
+
+
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments of `PicRag.from_pretrained` and `load`; what was not given is left to them."""
+    names = ("compressor", "generator", "device", "dtype")
+    return {name: value for name in names if (value := getattr(args, name)) is not None}
+
+
+def load_compressor(args: argparse.Namespace, **options: str) -> Compressor:
+    """The compressor of the model options."""
+    with status("Loading the compressor", quiet=args.quiet):
+        from pic_rag.compressor import Compressor
+
+        calm_libraries(bars=show_bars(args))
+        return Compressor.from_pretrained(
+            args.compressor,
+            base_model=getattr(args, "generator", None),
+            device=args.device,
+            dtype=args.dtype,
+            **options,
+        )
+
+
+def show_bars(args: argparse.Namespace) -> bool:
+    """Whether a bar would reach somebody."""
+    return sys.stderr.isatty() and not args.quiet
+
+
+def quality_note(compressor: str | None) -> str:
+    """What a checkpoint's `config.json` says under `quality`, for users to know what to expect; "" when nothing."""
+    if compressor is None:
+        from pic_rag.embedded import compressor_path
+
+        folder = compressor_path()
+    else:
+        folder = Path(compressor)
+    try:
+        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:  # of the hub: its model card speaks
+        return ""
+    return str(settings.get("quality", ""))

@@ -1,0 +1,261 @@
+"""A run: every system answers every question at every ratio, and the answers are scored."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean
+from typing import Any, TextIO
+
+import torch
+from sentence_transformers import SentenceTransformer
+from tqdm import tqdm
+
+from pic_rag import __version__
+from pic_rag.compressor import Compressor
+from pic_rag.evaluation.metrics import agreement, contains_answer, exact_match, f1
+from pic_rag.evaluation.systems import RATIO_SYSTEMS, Shown, Systems
+from pic_rag.generator import Generation
+from pic_rag.questions import Question
+
+_LOOKAHEAD_BATCHES = 8  # batches given to the generator at once: it decodes prompts of like length together
+
+
+@dataclass(frozen=True)
+class Row:
+    """How one system did at one ratio.
+
+    Attributes:
+        system: its name.
+        ratio: text tokens per memory token; None for a system that has none.
+        n: questions answered.
+        f1: mean over the questions, 0 to 1, like the next three.
+        em: exact match.
+        contains_answer: share of the answers that hold a right answer, word for word.
+        agreement: F1 against the same generator's answer from the full text.
+        prompt_tokens_mean: rows the generator read for a question: memory tokens, question, markers.
+        text_tokens_mean: tokens of the full text of a question's documents.
+        seconds: for compressing or selecting and for answering, without loading models.
+    """
+
+    system: str
+    ratio: int | None
+    n: int
+    f1: float
+    em: float
+    contains_answer: float
+    agreement: float
+    prompt_tokens_mean: float
+    text_tokens_mean: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The rows of a run, and everything needed to repeat it."""
+
+    rows: list[Row]
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        return asdict(self)
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _Answers:
+    """One system's answers at one ratio, in the order of the questions."""
+
+    generations: list[Generation]
+    seconds: float
+
+
+def evaluate(
+    questions: Sequence[Question],
+    systems: Sequence[str] = ("pic", "text", "none", "truncate", "pool"),
+    ratios: Sequence[int] = (4, 16, 64),
+    *,
+    compressor: Compressor | str | Path | None = None,
+    embedder: str | Path | SentenceTransformer | None = None,
+    max_new_tokens: int = 32,
+    batch_size: int = 8,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    predictions: str | Path | None = None,
+    progress: bool | None = None,
+) -> Report:
+    """Let systems answer questions greedily and score them.
+
+    Args:
+        questions: as `pic_rag.questions.read_questions` gives them.
+        systems: keys of `pic_rag.evaluation.systems.SYSTEMS`, in the order of the rows.
+        ratios: text tokens per memory token, for the systems that compress.
+        compressor: one that is loaded, its folder or hub id, or None for the shipped one.
+        embedder: sentence-transformers model of the `extract` system; None: the embedded MiniLM.
+        max_new_tokens: longest answer.
+        batch_size: prompts decoded together.
+        device: None picks cuda, mps or cpu.
+        dtype: of generator and compressor; None picks the device's fast one.
+        attn_implementation: of the generator; None leaves it to transformers.
+        predictions: a JSONL file to write every answer to, with its scores, as soon as its system is done.
+        progress: True shows a bar, False none; None shows one on a terminal once it takes over a second.
+
+    Raises:
+        ValueError: when there are no questions, or a system or ratio is not served.
+    """
+    if not isinstance(compressor, Compressor):
+        compressor = Compressor.from_pretrained(compressor, device=device, dtype=dtype)
+    loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
+    run = _Run(Systems(compressor, embedder=embedder, **loading), list(questions), max_new_tokens, batch_size)
+    plan = run.plan(systems, ratios)
+    with ExitStack() as open_files, tqdm(
+        total=run.answers(plan), unit="answer", desc="evaluate", delay=1.0,
+        disable=None if progress is None else not progress,
+    ) as bar:  # fmt: skip
+        lines = None if predictions is None else open_files.enter_context(_create(predictions))
+        rows = list(run.rows(plan, bar, lines, progress))
+    return Report(rows, run.config(systems, ratios), _versions())
+
+
+class _Run:
+    """The questions of a run, and their answers from the full text."""
+
+    def __init__(self, systems: Systems, questions: list[Question], max_new_tokens: int, batch_size: int) -> None:
+        if not questions:
+            raise ValueError("questions must hold at least one question, got none.")
+        self.systems = systems
+        self.questions = questions
+        self.text_tokens = [systems.text_tokens(question) for question in questions]
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+
+    def plan(self, systems: Sequence[str], ratios: Sequence[int]) -> list[tuple[str, int | None]]:
+        """The system and ratio of each row; everything is checked before anything is computed."""
+        if isinstance(systems, str) or not systems:
+            raise ValueError(f"systems must be a list of at least one name, got {systems!r}.")
+        for system in systems:
+            self.systems.check(system)
+        served = [self.systems.compressor.config.check_ratio(ratio) for ratio in dict.fromkeys(ratios)]
+        if not served and RATIO_SYSTEMS.intersection(systems):
+            raise ValueError("ratios must hold at least one ratio for a system that compresses, got none.")
+        return [
+            (system, ratio)
+            for system in dict.fromkeys(systems)
+            for ratio in (served if system in RATIO_SYSTEMS else (None,))
+        ]
+
+    def answers(self, plan: Sequence[tuple[str, int | None]]) -> int:
+        """Answers to generate; those from the full text are needed in any case."""
+        return len(self.questions) * len({*plan, ("text", None)})
+
+    def rows(
+        self, plan: Sequence[tuple[str, int | None]], bar: tqdm, lines: TextIO | None, progress: bool | None
+    ) -> Iterator[Row]:
+        """Answer and score, row by row."""
+        full_text = self._answer("text", None, bar, progress)
+        for system, ratio in plan:
+            given = full_text if system == "text" else self._answer(system, ratio, bar, progress)
+            scored = [self._score(number, given, full_text) for number in range(len(self.questions))]
+            if lines is not None:
+                for line in scored:
+                    lines.write(json.dumps({"system": system, "ratio": ratio, **line}, ensure_ascii=False) + "\n")
+                lines.flush()
+            yield _row(system, ratio, scored, given.seconds)
+
+    def config(self, systems: Sequence[str], ratios: Sequence[int]) -> dict[str, Any]:
+        """Settings of the run, as JSON types."""
+        compressor = self.systems.compressor
+        return {
+            "systems": list(systems),
+            "ratios": list(ratios),
+            "n": len(self.questions),
+            "max_new_tokens": self.max_new_tokens,
+            "batch_size": self.batch_size,
+            "generator": self.systems.reading.model_id,
+            "dtype": str(self.systems.plain.model.dtype).removeprefix("torch."),
+            "device": str(self.systems.plain.model.device),
+            "fingerprint": compressor.fingerprint,
+            "pic": compressor.config.to_dict(),
+        }
+
+    def _answer(self, system: str, ratio: int | None, bar: tqdm, progress: bool | None) -> _Answers:
+        bar.set_postfix_str(system if ratio is None else f"{system} {ratio}x")
+        begin = time.perf_counter()
+        shown = self.systems.show(system, self.questions, ratio, progress=progress)
+        generations = list(self._generate(system, shown, bar))
+        return _Answers(generations, time.perf_counter() - begin)
+
+    def _generate(self, system: str, shown: Sequence[Shown], bar: tqdm) -> Iterator[Generation]:
+        step = self.batch_size * _LOOKAHEAD_BATCHES
+        for start in range(0, len(self.questions), step):
+            part = slice(start, start + step)
+            yield from self.systems.answer(
+                system,
+                self.questions[part],
+                shown[part],
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+            )
+            bar.update(len(shown[part]))
+
+    def _score(self, number: int, given: _Answers, full_text: _Answers) -> dict[str, Any]:
+        """One line of the predictions."""
+        question, generation = self.questions[number], given.generations[number]
+        said = generation.text.strip()
+        return {
+            "id": question.id,
+            "question": question.question,
+            "answers": list(question.answers),
+            "prediction": said,
+            "f1": f1(said, question.answers),
+            "em": exact_match(said, question.answers),
+            "contains_answer": contains_answer(said, question.answers),
+            "agreement": agreement(said, full_text.generations[number].text),
+            "prompt_tokens": generation.prompt_tokens,
+            "text_tokens": self.text_tokens[number],
+        }
+
+
+def _row(system: str, ratio: int | None, scored: Sequence[dict[str, Any]], seconds: float) -> Row:
+    def mean(name: str) -> float:
+        return fmean(line[name] for line in scored)
+
+    return Row(
+        system=system,
+        ratio=ratio,
+        n=len(scored),
+        f1=mean("f1"),
+        em=mean("em"),
+        contains_answer=mean("contains_answer"),
+        agreement=mean("agreement"),
+        prompt_tokens_mean=mean("prompt_tokens"),
+        text_tokens_mean=mean("text_tokens"),
+        seconds=seconds,
+    )
+
+
+def _create(path: str | Path) -> TextIO:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target.open("w", encoding="utf-8")
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "peft", "sentence-transformers")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
+    own = {"pic_rag": __version__, "python": platform.python_version(), "hardware": device}
+    return own | {name: version(name) for name in packages}

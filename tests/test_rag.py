@@ -1,0 +1,268 @@
+"""Documents in, answers out: every passage's memory is made once, and nothing but retrieval decides what is read."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+from pic_rag.compressor import Compressor
+from pic_rag.config import PicConfig
+from pic_rag.documents import Document
+from pic_rag.generator import Generator
+from pic_rag.rag import PicRag
+from pic_rag.retriever import Retriever
+from pic_rag.store import SQLiteStore
+
+DEMO = Path(__file__).parents[1] / "pic_rag" / "demo"
+TEXTS = {
+    "frogs.md": "Glass frogs hide their red blood in the liver while they sleep.",
+    "trams.md": "The night tram connects the hospital with the port.",
+    "bread.md": "The starter is fed every morning with flour and water.",
+}
+QUESTION = "Where do frogs hide blood?"
+LOADING = {"device": "cpu", "dtype": "float32"}
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tiny_tokenizer, tmp_path_factory) -> Path:
+    """A folder with a tiny generator, an untrained compressor for it, and a tiny embedder."""
+    root = tmp_path_factory.mktemp("models")
+    tiny_model.save_pretrained(root / "tiny")
+    tiny_tokenizer.save_pretrained(root / "tiny")
+    config = PicConfig(ratios=(4, 8), segment_tokens=64, encoder_layers=2, lora_rank=4)
+    Compressor.from_base(root / "tiny", config=config, **LOADING).save_pretrained(root / "compressor")
+    words = sorted({word.strip(".").lower() for text in TEXTS.values() for word in text.split()} - {"the", "with"})
+    tokenizer = Tokenizer(models.WordLevel({word: row for row, word in enumerate(["[UNK]", *words])}, "[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    weights = torch.randn(len(words) + 1, 64, generator=torch.Generator().manual_seed(0))
+    weights[0] *= 0.01
+    module = StaticEmbedding(tokenizer, embedding_weights=weights.numpy())
+    SentenceTransformer(modules=[module], device="cpu").save(str(root / "embedder"))
+    return root
+
+
+def build(folder: Path, store: Path, texts: dict[str, str] = TEXTS) -> PicRag:
+    rag = PicRag.from_pretrained(
+        folder / "compressor", embedder=str(folder / "embedder"), store=SQLiteStore(store), **LOADING
+    )
+    rag.add([Document.from_text(text, source=source) for source, text in texts.items()])
+    return rag
+
+
+@pytest.fixture
+def rag(folder, tmp_path) -> PicRag:
+    return build(folder, tmp_path / "memories.sqlite")
+
+
+def test_an_answer_says_what_it_was_given_from_and_what_it_cost(rag) -> None:
+    answer = rag.ask(QUESTION, top_k=2, max_new_tokens=8)
+    best = answer.documents[0]
+    assert (best.source, best.text) == ("frogs.md", TEXTS["frogs.md"])
+    assert (best.text_tokens, best.memory_tokens, best.cached) == (63, 16, False)
+    assert best.handle == rag.compressor.handle(TEXTS["frogs.md"])
+    assert len(answer.documents) == 2
+    saved = sum(document.text_tokens - document.memory_tokens for document in answer.documents)
+    assert answer.text_prompt_tokens - answer.prompt_tokens == saved
+    assert answer.model == rag.generator.model_id
+    assert answer.compressor == rag.compressor.fingerprint
+
+
+def test_times_add_up(rag) -> None:
+    times = rag.ask(QUESTION, max_new_tokens=8).latency_ms
+    assert list(times) == ["retrieve", "compress", "first_token", "total"]
+    assert times["retrieve"] + times["compress"] <= times["first_token"] <= times["total"]
+
+
+def test_the_json_form_has_the_keys_that_scripts_rely_on(rag) -> None:
+    values = rag.ask(QUESTION, max_new_tokens=4).to_dict()
+    assert list(values) == [
+        "answer", "documents", "prompt_tokens", "text_prompt_tokens", "latency_ms", "model", "compressor",
+    ]  # fmt: skip
+    assert list(values["documents"][0]) == ["id", "score", "text_tokens", "memory_tokens", "handle", "cached"]
+
+
+def test_a_second_ask_compresses_nothing_and_is_faster(folder, tmp_path) -> None:
+    long = " ".join(f"Frog {number} hides blood and water in the port." for number in range(90))
+    rag = build(folder, tmp_path / "memories.sqlite", {"long.md": long})
+    first, second = (rag.ask(QUESTION, top_k=4, ratio=8, max_new_tokens=4) for _ in range(2))
+    assert [document.cached for document in first.documents] == [False] * 4
+    assert [document.cached for document in second.documents] == [True] * 4
+    assert second.latency_ms["compress"] < first.latency_ms["compress"]
+
+
+def test_another_ratio_is_another_memory(rag) -> None:
+    four = rag.ask(QUESTION, top_k=1, ratio=4, max_new_tokens=2).documents[0]
+    eight = rag.ask(QUESTION, top_k=1, ratio=8, max_new_tokens=2).documents[0]
+    assert (four.memory_tokens, eight.memory_tokens, eight.cached) == (16, 8, False)
+
+
+def test_modes_show_what_they_say(rag) -> None:
+    asked = {mode: rag.ask(QUESTION, mode=mode, max_new_tokens=4) for mode in ("pic", "text", "none", "truncate")}
+    assert asked["text"].prompt_tokens == asked["text"].text_prompt_tokens == asked["pic"].text_prompt_tokens
+    assert asked["truncate"].prompt_tokens == asked["pic"].prompt_tokens
+    assert asked["none"].prompt_tokens < asked["pic"].prompt_tokens
+    for mode in ("text", "none", "truncate"):
+        assert {(document.memory_tokens, document.handle) for document in asked[mode].documents} == {(0, None)}
+
+
+@pytest.mark.parametrize("mode", ["text", "none", "truncate"])
+def test_only_mode_pic_compresses(rag, mode) -> None:
+    rag.ask(QUESTION, mode=mode, max_new_tokens=2)
+    assert list(rag.cache.keys()) == []
+
+
+def test_mode_text_answers_what_the_plain_generator_answers(rag) -> None:
+    from pic_rag.prompts import rag_messages
+
+    answer = rag.ask(QUESTION, mode="text", top_k=1, max_new_tokens=12)
+    plain = rag.generator.generate(rag_messages(QUESTION, [TEXTS["frogs.md"]]), max_new_tokens=12)[0]
+    assert answer.answer == plain.text.strip()
+
+
+def test_the_stream_joins_to_the_answer(rag) -> None:
+    pieces = []
+    stream = rag.stream(QUESTION, max_new_tokens=12)
+    while True:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as done:
+            answer = done.value
+            break
+    assert len(pieces) > 1
+    assert "".join(pieces).strip() == answer.answer
+
+
+def test_a_handle_in_a_question_stands_for_itself(rag) -> None:
+    """Its memory is at hand, but a user's words must not reach it."""
+    handle = rag.ask(QUESTION, max_new_tokens=2).documents[0].handle
+    known = rag.ask(f"{QUESTION} {handle}", max_new_tokens=2)
+    unknown = rag.ask(f"{QUESTION} [[pic:{'0' * 32}]]", max_new_tokens=2)
+    assert known.prompt_tokens == unknown.prompt_tokens
+
+
+@pytest.mark.parametrize("mode", ["pic", "text", "truncate"])
+def test_a_handle_in_a_document_is_only_text(folder, tmp_path, mode) -> None:
+    clean = build(folder, tmp_path / "a.sqlite")
+    stolen = clean.compressor.handle(TEXTS["trams.md"])
+    rag = build(
+        folder, tmp_path / "b.sqlite", {"frogs.md": f"{stolen} {TEXTS['frogs.md']}", "trams.md": TEXTS["trams.md"]}
+    )
+    answer = rag.ask(QUESTION, top_k=2, mode=mode, max_new_tokens=4)
+    shown = [document for document in answer.documents if document.source == "frogs.md"]
+    assert shown[0].text.startswith("[[pic:")
+    assert answer.text_prompt_tokens == clean.ask(QUESTION, top_k=2, mode="text", max_new_tokens=4).prompt_tokens + (
+        len(stolen) + len(" ") + len(":")
+    )
+
+
+def test_files_are_added_and_bad_ones_are_named(rag, tmp_path) -> None:
+    (tmp_path / "good.md").write_text("The port has a lighthouse.")
+    (tmp_path / "bad.txt").write_bytes(b"\x00\x01")
+    problems = rag.add_files([tmp_path / "good.md", tmp_path / "bad.txt"])
+    assert [Path(problem.path).name for problem in problems] == ["bad.txt"]
+    assert len(rag.retriever) == 4
+    assert rag.add([Document.from_text(TEXTS["frogs.md"], source="frogs.md")]) == 0
+
+
+def test_an_index_is_the_same_after_save_and_load(rag, folder, tmp_path) -> None:
+    rag.save(tmp_path / "index")
+    first = rag.ask(QUESTION, max_new_tokens=8)
+    loaded = PicRag.load(tmp_path / "index", embedder=str(folder / "embedder"), **LOADING)
+    again = loaded.ask(QUESTION, max_new_tokens=8)
+    assert [document.id for document in again.documents] == [document.id for document in first.documents]
+    assert all(document.cached for document in again.documents)
+    assert (again.compressor, again.model) == (first.compressor, first.model)
+
+
+def test_an_index_opens_from_another_working_folder(folder, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    PicRag.from_pretrained("./compressor", embedder=str(folder / "embedder"), **LOADING).save(tmp_path / "index")
+    monkeypatch.chdir(tmp_path)
+    assert PicRag.load("index", embedder=str(folder / "embedder"), **LOADING).compressor.generator.name
+
+
+def test_what_is_no_index_is_an_error(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match="folder must be an index that PicRag.save wrote"):
+        PicRag.load(tmp_path)
+
+
+def test_an_index_without_documents_answers_from_none(folder, tmp_path) -> None:
+    answer = build(folder, tmp_path / "memories.sqlite", {}).ask(QUESTION, max_new_tokens=4)
+    assert answer.documents == []
+    assert answer.prompt_tokens == answer.text_prompt_tokens
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"question": " "}, "question must hold at least one word"),
+        ({"mode": "memory"}, "mode must be one of pic, text, none, truncate, got 'memory'"),
+        ({"ratio": 5}, "ratio must be one of 4, 8"),
+        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+    ],
+)
+def test_a_bad_setting_is_an_error(rag, arguments, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        rag.ask(**{"question": QUESTION, **arguments})
+
+
+def test_another_generator_is_refused_with_both_names(rag, tiny_tokenizer) -> None:
+    other = Generator(make_tiny_model(tiny_tokenizer, layers=2), tiny_tokenizer, name="other")
+    with pytest.raises(ValueError, match=r"generator must be 'tiny@.*', .* got 'other@.*'"):
+        PicRag(rag.retriever, rag.compressor, other)
+
+
+def test_the_same_generator_in_another_folder_is_accepted(folder, rag, tmp_path) -> None:
+    shutil.copytree(folder / "tiny", tmp_path / "moved")
+    moved = PicRag.from_pretrained(
+        folder / "compressor", generator=tmp_path / "moved", embedder=str(folder / "embedder"),
+        store=SQLiteStore(tmp_path / "moved.sqlite"), **LOADING,
+    )  # fmt: skip
+    assert moved.generator.model_id == rag.generator.model_id
+
+
+def test_a_store_that_cannot_be_written_costs_no_answer(folder, tmp_path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    rag = build(folder, tmp_path / "file" / "memories.sqlite")
+    answers = [rag.ask(QUESTION, max_new_tokens=8) for _ in range(2)]
+    assert answers[0].answer == answers[1].answer
+    assert not any(document.cached for document in answers[1].documents)
+
+
+def test_concurrent_asks_equal_sequential_ones(folder, tmp_path) -> None:
+    questions = [QUESTION, "hospital tram port", "feed flour water", "sleep in the morning"] * 2
+    rag = build(folder, tmp_path / "memories.sqlite")
+    for question in questions:  # every memory out of the store, for both
+        rag.ask(question, top_k=1, max_new_tokens=1)
+    sequential = [rag.ask(question, top_k=1, max_new_tokens=8) for question in questions]
+    with ThreadPoolExecutor(4) as threads:
+        asked = list(threads.map(lambda question: rag.ask(question, top_k=1, max_new_tokens=8), questions))
+    assert [(answer.answer, answer.documents) for answer in asked] == [
+        (answer.answer, answer.documents) for answer in sequential
+    ]
+    assert len({answer.answer for answer in asked}) > 1
+
+
+@pytest.mark.embedded
+def test_the_embedded_models_find_and_read_the_demo_corpus(tmp_path) -> None:
+    compressor = Compressor.from_base(config=PicConfig(encoder_layers=2))
+    generator = Generator.from_pretrained()
+    rag = PicRag(Retriever(), compressor, generator, store=SQLiteStore(tmp_path / "memories.sqlite"))
+    assert rag.add_files([DEMO]) == []
+    answer = rag.ask("Where does a sleeping glass frog store its red blood cells?", mode="text")
+    assert Path(answer.documents[0].source).name == "glass-frogs.md"
+    assert "liver" in answer.answer
+    first = rag.ask("Who designed the lighthouse at Skerrin Point?", max_new_tokens=8)
+    second = rag.ask("Who designed the lighthouse at Skerrin Point?", max_new_tokens=8)
+    assert all(document.cached for document in second.documents)
+    assert second.latency_ms["compress"] < first.latency_ms["compress"] / 2
+    assert first.prompt_tokens < first.text_prompt_tokens / 2

@@ -1,0 +1,303 @@
+"""Training: the loss falls, the base stays what it was, and a run that was cut off ends as if it had not been."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate import Accelerator
+
+from pic_rag.compressor import Compressor
+from pic_rag.config import PicConfig
+from pic_rag.training.config import Stage, TrainConfig
+from pic_rag.training.corpora import content_hash, held_out_hashes, keep_training, read_questions, read_texts
+from pic_rag.training.loop import Trainer, train
+
+TEXT = "The harbour of Whitby lay still, and nobody spoke before the bell rang number {}. Then all of them left."
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, tiny_model, tiny_tokenizer):
+    """A folder with a base model, texts and questions."""
+    folder = tmp_path_factory.mktemp("data")
+    copy.deepcopy(tiny_model).save_pretrained(folder / "base")
+    tiny_tokenizer.save_pretrained(folder / "base")
+    _write(folder / "texts.jsonl", [{"text": TEXT.format(number)} for number in range(8)])
+    rows = [
+        {
+            "id": str(number),
+            "question": f"Which number had bell {number}?",
+            "answers": [str(number)],
+            "contexts": [{"title": f"Bell {number}", "text": f"Bell {number} rang late.", "is_gold": True}],
+        }
+        for number in range(6)
+    ]
+    _write(folder / "questions.jsonl", rows)
+    return folder
+
+
+def _write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _config(data, folder, *, steps=6, tasks=None, **fields):
+    values = {
+        "out": str(folder),
+        "base_model": str(data / "base"),
+        "stages": [{"steps": steps, "tasks": tasks or {"reconstruct": 1, "continue": 1, "questions": 1}}],
+        "pic": {"segment_tokens": 64, "ratios": [4, 8], "lora_rank": 4, "encoder_layers": 2},
+        "texts": [str(data / "texts.jsonl")],
+        "questions": {str(data / "questions.jsonl"): 1.0},
+        "text_tokens": [16, 48],
+        "target_tokens": 16,
+        "examples_per_step": 2,
+        "row_places": 128,
+        "warmup_steps": 2,
+        "workers": 0,
+        "log_steps": 1,
+        "precision": "fp32",
+    }
+    return TrainConfig.from_dict({**values, **fields})
+
+
+def _metrics(out):
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+    return [{name: value for name, value in line.items() if "second" not in name} for line in lines]
+
+
+def _weights(out):
+    return torch.load(out / "training_state.pt", weights_only=True)["trained"]
+
+
+def _file_hashes(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("reader_rank", [0, 4], ids=["frozen", "reader"])
+def test_a_run_trains_every_task_and_leaves_base_and_generator_alone(data, tmp_path, reader_rank):
+    config = _config(data, tmp_path / "out", reader_rank=reader_rank, distillation=0.5)
+    files = _file_hashes(data / "base")
+    trainer = Trainer(config, Accelerator())
+    frozen = {
+        name: parameter.detach().clone()
+        for name, parameter in trainer.model.named_parameters()
+        if not parameter.requires_grad
+    }
+    start = [master.clone() for master in trainer.master]
+    folder = trainer.run(None, False)
+    assert all(
+        torch.equal(parameter, frozen[name]) for name, parameter in trainer.model.named_parameters() if name in frozen
+    )
+    assert any("lm_head" in name or "embed_tokens" in name for name in frozen)
+    assert all(not torch.equal(old, new) for old, new in zip(start, trainer.master, strict=True))
+    assert _file_hashes(data / "base") == files
+    logged = set().union(*_metrics(tmp_path / "out"))
+    assert {"reconstruct_loss", "continue_loss", "questions_loss", "questions_accuracy", "gradient_norm"} <= logged
+    assert (folder / "reader" / "adapter_model.safetensors").is_file() is bool(reader_rank)
+    assert (Compressor.from_pretrained(folder, device="cpu", dtype="float32").reader is not None) is bool(reader_rank)
+
+
+def test_the_loss_falls_on_a_set_small_enough_to_learn(data, tmp_path):
+    fields = {"learning_rate": 1e-2, "converter_rate_factor": 1.0, "reader_rank": 8, "reader_learning_rate": 1e-2}
+    train(_config(data, tmp_path, steps=60, tasks={"questions": 1}, examples_per_step=4, **fields), progress=False)
+    losses = [line["questions_loss"] for line in _metrics(tmp_path)]
+    assert np.mean(losses[-10:]) < 0.7 * np.mean(losses[:10])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_resumed_run_equals_the_uninterrupted_one(data, tmp_path, precision):
+    fields = {"precision": precision, "reader_rank": 2, "distillation": 0.5}
+    train(_config(data, tmp_path / "whole", **fields), progress=False)
+    cut = _config(data, tmp_path / "cut", **fields)
+    train(cut, minutes=0, progress=False)  # stops after its first step
+    assert torch.load(tmp_path / "cut" / "training_state.pt", weights_only=True)["step"] == 1
+    train(cut, progress=False)
+    assert _metrics(tmp_path / "cut") == _metrics(tmp_path / "whole")
+    for one, other in zip(_weights(tmp_path / "cut"), _weights(tmp_path / "whole"), strict=True):
+        assert torch.equal(one, other)
+    assert _file_hashes(tmp_path / "cut" / "compressor" / "reader") == _file_hashes(
+        tmp_path / "whole" / "compressor" / "reader"
+    )
+
+
+def test_the_same_seed_gives_the_same_curve_and_another_seed_another(data, tmp_path):
+    for out, seed in [("one", 0), ("same", 0), ("other", 1)]:
+        train(_config(data, tmp_path / out, steps=3, seed=seed), progress=False)
+    assert _metrics(tmp_path / "one") == _metrics(tmp_path / "same")
+    assert _metrics(tmp_path / "one") != _metrics(tmp_path / "other")
+
+
+def test_another_configuration_in_the_same_folder_is_an_error(data, tmp_path):
+    train(_config(data, tmp_path, steps=1), progress=False)
+    with pytest.raises(ValueError, match="out must be a new folder or hold the same run, got .* another configuration"):
+        train(_config(data, tmp_path, steps=1, learning_rate=1.0), progress=False)
+
+
+def test_the_exported_compressor_makes_the_trained_memories(data, tmp_path):
+    config = _config(data, tmp_path, learning_rate=1e-2)
+    trainer = Trainer(config, Accelerator())
+    folder = trainer.run(None, False)
+    exported = Compressor.from_pretrained(folder, device="cpu", dtype="float32")
+    untrained = Compressor.from_base(str(data / "base"), config=config.pic, device="cpu", dtype="float32")
+    live = Compressor(exported.checkpoint, trainer.encoder, exported.tokenizer)
+    [trained], [loaded], [pooled] = (each.compress([TEXT]) for each in (live, exported, untrained))
+    size = trained.embeddings.norm(dim=1)
+    assert ((trained.embeddings - pooled.embeddings).norm(dim=1) / size).median() > 0.05
+    assert ((trained.embeddings - loaded.embeddings).norm(dim=1) / size).median() < 0.02  # kept in bfloat16
+
+
+def test_a_run_can_start_from_a_compressor(data, tmp_path):
+    folder = train(_config(data, tmp_path / "first"), progress=False)
+    trainer = Trainer(_config(data, tmp_path / "second", init_from=str(folder)), Accelerator())
+    state = trainer.encoder.trained_state()
+    kept = Compressor.from_pretrained(folder, device="cpu").checkpoint.weights
+    assert all(torch.equal(state[name].to(tensor.dtype), tensor) for name, tensor in kept.items())
+
+
+HELD_OUT = [
+    "the   HARBOUR of Whitby lay still — and nobody spoke before the bell rang number 3.\nThen all of them left",
+    TEXT.format(3),
+]
+
+
+@pytest.mark.parametrize("text", HELD_OUT, ids=["spacing, case, punctuation", "as it is"])
+def test_a_held_out_text_is_dropped_from_training(data, tmp_path, text):
+    _write(tmp_path / "held.jsonl", [{"text": text}])
+    held_out = held_out_hashes([str(tmp_path / "held.jsonl")])
+    kept = [each for each in read_texts(str(data / "texts.jsonl")) if content_hash(each) not in held_out]
+    assert len(kept) == 7
+    assert TEXT.format(3) not in kept
+    config = _config(data, tmp_path / "out", held_out=[str(tmp_path / "held.jsonl")])
+    assert len(Trainer(config, Accelerator())._dataset().factory.texts) == 7
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "which number HAD  bell 2"},
+        {"question": "Else?", "contexts": [{"title": "Other", "text": "bell 2 rang,  late"}]},
+        {"question": "Else?", "contexts": [{"text": "Bell 2\nBell 2 rang late."}]},
+    ],
+    ids=["question", "context under another title", "context with its title"],
+)
+def test_a_held_out_question_or_context_is_dropped_from_training(data, tmp_path, row):
+    _write(tmp_path / "held.jsonl", [row])
+    held_out = held_out_hashes([str(tmp_path / "held.jsonl")])
+    kept = list(keep_training(read_questions(str(data / "questions.jsonl")), held_out))
+    assert [record.answers[0] for record in kept] == ["0", "1", "3", "4", "5"]
+
+
+def test_an_empty_held_out_context_drops_nothing(data, tmp_path):
+    _write(tmp_path / "held.jsonl", [{"question": "Else?", "contexts": [{"text": " "}]}])
+    _write(tmp_path / "plain.jsonl", [{"question": "Who?", "answers": ["I"], "contexts": [{"text": "One line."}]}])
+    held_out = held_out_hashes([str(tmp_path / "held.jsonl")])
+    assert len(list(keep_training(read_questions(str(tmp_path / "plain.jsonl")), held_out))) == 1
+
+
+def test_texts_that_are_all_too_short_are_an_error_and_no_endless_search(data, tmp_path):
+    with pytest.raises(ValueError, match=r"texts must hold a text of text_tokens\[0\]=500 tokens or more"):
+        train(_config(data, tmp_path, text_tokens=[500, 600]), progress=False)
+
+
+def test_a_line_without_text_is_named(tmp_path):
+    _write(tmp_path / "texts.jsonl", [{"text": "fine"}, {"body": "not fine"}])
+    with pytest.raises(ValueError, match="text must be a string, got None in .*texts.jsonl, line 2"):
+        list(read_texts(str(tmp_path / "texts.jsonl")))
+
+
+def test_yaml_keeps_every_field(data, tmp_path):
+    config = _config(data, tmp_path, ratio_weights=[0.7, 0.3], slots_per_chunk=[2, 4], held_out=["held.jsonl"])
+    path = tmp_path / "train.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict()))
+    assert TrainConfig.load(path) == config
+    assert TrainConfig.load(path, seed=7) == dataclasses.replace(config, seed=7)
+
+
+def test_a_preset_in_yaml_is_the_preset(tmp_path):
+    (tmp_path / "train.yaml").write_text(
+        "{out: x, texts: [a.txt], stages: [{steps: 2, tasks: {continue: 1}}], pic: {preset: local, ratio: 8}}"
+    )
+    config = TrainConfig.load(tmp_path / "train.yaml")
+    assert config.pic == PicConfig.preset("local", ratio=8)
+    assert config.steps == 2
+    assert config.stages == (Stage(2, {"continue": 1}),)
+
+
+COUNTS = ["examples_per_step", "target_tokens", "turns", "documents", "row_places", "log_steps"]
+COUNTS_OR_0 = ["reader_rank", "warmup_steps", "workers", "seed"]
+RATES = ["learning_rate", "converter_rate_factor", "reader_learning_rate", "distillation", "weight_decay", "clip"]
+SHARES = ["distractor_share", "decay_share"]
+BAD_FIELDS = [
+    *[(name, value, f"{name} must be a whole number of 1 or more, got") for name in COUNTS for value in (0, 1.5, "8")],
+    *[
+        (name, value, f"{name} must be a whole number of 0 or more, got")
+        for name in COUNTS_OR_0
+        for value in (-1, True)
+    ],
+    *[(name, -1.0, f"{name} must be a number of 0 or more, got -1.0") for name in [*RATES, "checkpoint_minutes"]],
+    *[(name, "3e-4", f"{name} must be a number .*, got '3e-4'. YAML reads 3e-4 as text") for name in [*RATES, *SHARES]],
+    *[(name, 1.5, f"{name} must be a number from 0 to 1, got 1.5") for name in SHARES],
+    ("learning_rate", float("nan"), "learning_rate must be a number of 0 or more, got nan"),
+    ("out", None, "out must be a path, got None"),
+    ("base_model", 3, "base_model must be a path or null, got 3"),
+    ("init_from", [], "init_from must be a path or null"),
+    ("cache", 3, "cache must be a path or null, got 3"),
+    ("stages", [], "stages must hold at least one stage, got none"),
+    ("stages", 100, "stages must be a list of mappings with steps and tasks, got 100"),
+    ("stages", [100], "stages must be a list of mappings with steps and tasks, got 100"),
+    ("stages", [{"steps": 5}], "stages must be a list of mappings with steps and tasks, got {'steps': 5}"),
+    ("stages", [{"steps": 0, "tasks": {"continue": 1}}], "steps of a stage must be a whole number of 1 or more, got 0"),
+    ("stages", [{"steps": 5, "tasks": {"sing": 1}}], "tasks of a stage must be weights of reconstruct, .*'sing'"),
+    ("stages", [{"steps": 5, "tasks": {"continue": 0}}], "tasks of a stage must be weights of"),
+    ("stages", [{"steps": 5, "tasks": {"continue": "much"}}], "tasks of a stage must be weights of .*'much'"),
+    ("pic", "local", "pic must be a mapping of PicConfig's fields, or a preset and fields, got 'local'"),
+    ("pic", {"preset": "loco"}, "preset must be one of pic, local, global, got 'loco'"),
+    ("pic", {"preset": "pic", "sauce": 1}, "Unknown PicConfig field 'sauce'"),
+    ("texts", "texts.jsonl", "texts must be a list of files, got 'texts.jsonl'"),
+    ("texts", [], "texts must name a corpus when a stage trains on text, got none"),
+    ("held_out", "held.jsonl", "held_out must be a list of files, got 'held.jsonl'"),
+    ("questions", "questions.jsonl", "questions must be a mapping of files to weights, got 'questions.jsonl'"),
+    ("questions", {"questions.jsonl": -1}, "questions must be a mapping of files to weights"),
+    ("questions", {}, "questions must name a file when a stage trains on questions, got none"),
+    ("text_tokens", [64], "text_tokens must be two whole numbers, 2 <= shortest <= longest"),
+    ("text_tokens", [64, 16], "text_tokens must be two whole numbers, 2 <= shortest <= longest"),
+    ("slots_per_chunk", 4, "slots_per_chunk must be a list of whole numbers, got 4"),
+    ("slots_per_chunk", [0], "slots_per_chunk must be a whole number of 1 or more, got 0"),
+    ("ratio_weights", 1, "ratio_weights must be a list of weights, got 1"),
+    ("ratio_weights", [1.0], "ratio_weights must have one weight for each of pic.ratios"),
+    ("ratio_weights", [0, 0], "ratio_weights must be 0 or more and not all 0"),
+    ("precision", "fp8", "precision must be one of bf16, fp32, got 'fp8'"),
+    ("attn_implementation", "flash", "attn_implementation must be one of sdpa, eager, flex_attention, got 'flash'"),
+    ("compile", "yes", "compile must be one of True, False, got 'yes'"),
+    ("epochs", 3, "Unknown training field 'epochs'. Known fields: .*examples_per_step"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "rule"), BAD_FIELDS)
+def test_a_field_that_breaks_its_rule_is_named_with_its_value(data, tmp_path, field, value, rule):
+    with pytest.raises(ValueError, match=rule):
+        _config(data, tmp_path, **{field: value})
+
+
+def test_every_field_has_a_rule_that_was_tried():
+    assert {field.name for field in dataclasses.fields(TrainConfig)} == {name for name, _, _ in BAD_FIELDS} - {"epochs"}
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("- a list", "must be a YAML mapping of TrainConfig's fields, got list"),
+        ("{out: x", "must be YAML, got"),
+        ("{out: x}", "A training configuration must set 'stages'"),
+    ],
+)
+def test_what_is_no_configuration_is_an_error(tmp_path, text, rule):
+    (tmp_path / "train.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rule):
+        TrainConfig.load(tmp_path / "train.yaml")
