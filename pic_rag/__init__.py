@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "Checkpoint": "checkpoint",
     "Compressor": "compressor",
     "Document": "documents",
     "Generation": "generator",
@@ -38,6 +39,7 @@ _ROOMS = {
 }
 
 __all__ = [
+    "Checkpoint",
     "Compressor",
     "Document",
     "Generation",
@@ -53,6 +55,7 @@ __all__ = [
     "ShardStore",
     "StoreError",
     "UnknownHandleError",
+    "cache_folder",
     "escape_handles",
     "find_handles",
     "load_documents",
@@ -65,6 +68,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from pic_rag.assembler import restore
+    from pic_rag.checkpoint import Checkpoint
     from pic_rag.compressor import Compressor
     from pic_rag.config import PicConfig
     from pic_rag.documents import Document, load_documents

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +39,7 @@ class Checkpoint:
         generator: the model that reads the memories; its id is that of the generator together with its reader.
         weights: LoRA, slot embedding and converter, by name.
         reader: folder of the generator's LoRA adapter, if the memories need one.
+        quality: one sentence for users on what to expect of it; "" when nobody has said.
     """
 
     config: PicConfig
@@ -44,6 +47,17 @@ class Checkpoint:
     generator: ModelRef
     weights: dict[str, torch.Tensor]
     reader: Path | None = None
+    quality: str = ""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """64 hex digits over weights, settings and models; equal fingerprints make equal memories."""
+        identity = {"pic": self.config.to_dict(), "base": self.base.id, "generator": self.generator.id}
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
+        for name, tensor in sorted(self.weights.items()):
+            digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     @classmethod
     def load(cls, name_or_path: str | Path | None = None) -> Checkpoint:
@@ -62,6 +76,7 @@ class Checkpoint:
             generator=generator,
             weights=_read_weights(folder / WEIGHTS_FILE),
             reader=_find_reader(folder / READER_FOLDER, generator.id),
+            quality=str(settings.get("quality", "")),
         )
 
     def save(self, folder: str | Path) -> None:
@@ -73,6 +88,7 @@ class Checkpoint:
             "pic": self.config.to_dict(),
             "base": self.base._asdict(),
             "generator": self.generator._asdict(),
+            "quality": self.quality,
         }
         with tempfile.TemporaryDirectory(dir=target) as staging:
             weights, config = Path(staging, WEIGHTS_FILE), Path(staging, CONFIG_FILE)

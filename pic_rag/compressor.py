@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -58,7 +56,7 @@ class Compressor:
         self.config = checkpoint.config
         self.generator = checkpoint.generator
         self.reader = checkpoint.reader
-        self.fingerprint = _fingerprint(checkpoint)
+        self.fingerprint = checkpoint.fingerprint
 
     @classmethod
     def from_pretrained(
@@ -277,15 +275,6 @@ def _groups(order: Sequence[int], segments: Sequence[Segment], places: int) -> I
         group.append(number)
         used += segments[number].places
     yield group
-
-
-def _fingerprint(checkpoint: Checkpoint) -> str:
-    identity = {"pic": checkpoint.config.to_dict(), "base": checkpoint.base.id, "generator": checkpoint.generator.id}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-    for name, tensor in sorted(checkpoint.weights.items()):
-        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _load_base(load: Callable[..., Backbone], name_or_path: str | Path) -> Backbone:

@@ -20,6 +20,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from pic_rag.cli import ask, main
+from pic_rag.cli.train import CONFIGS, find
 from pic_rag.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.rag import Mode
@@ -346,6 +347,14 @@ def test_train_runs_a_configuration_and_names_the_compressor(folder, tmp_path, d
     assert made == str(tmp_path / "run" / "compressor")
     assert not (tmp_path / "elsewhere").exists()
     assert main(["compress", "--docs", str(docs), "--out", str(tmp_path / "s.sqlite"), "--compressor", made]) == 0
+
+
+def test_a_shipped_configuration_goes_by_its_name_unless_a_file_has_it(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find("smoke") == CONFIGS / "smoke.yaml"
+    assert find("smoke").is_file()
+    Path("smoke").write_text("out: mine")
+    assert find("smoke") == Path("smoke")
 
 
 def test_train_names_what_is_wrong_with_a_configuration(tmp_path, capsys) -> None:

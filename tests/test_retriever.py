@@ -13,6 +13,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from pic_rag.documents import Document, load_documents
+from pic_rag.questions import read_rows
 from pic_rag.retriever import Hit, Passage, Retriever, RetrieverError
 
 DEMO = Path(__file__).parents[1] / "pic_rag" / "demo"
@@ -236,19 +237,19 @@ def test_a_hash_belongs_to_source_and_text() -> None:
 
 
 def test_the_demo_questions_are_answered_by_their_documents() -> None:
-    questions = json.loads((DEMO / "questions.json").read_text(encoding="utf-8"))
+    questions = [row.values for row in read_rows(DEMO / "questions.jsonl")]
     texts = {Path(d.source).name: d.text for d in load_documents(DEMO, on_error="raise").documents}
     assert len(questions) >= 10
     assert len(texts) == 8
     assert {q["source"] for q in questions} == set(texts)
-    assert all(q["answer"] in texts[q["source"]] for q in questions)
+    assert all(q["answers"][0] in texts[q["source"]] for q in questions)
 
 
 @pytest.mark.embedded
 def test_the_embedded_retriever_finds_the_document_of_every_demo_question() -> None:
     retriever = Retriever()
     retriever.add(load_documents(DEMO).documents)
-    for question in json.loads((DEMO / "questions.json").read_text(encoding="utf-8")):
+    for question in (row.values for row in read_rows(DEMO / "questions.jsonl")):
         hits = retriever.search(question["question"], top_k=3)
-        assert any(question["answer"] in hit.passage.text for hit in hits), question
+        assert any(question["answers"][0] in hit.passage.text for hit in hits), question
         assert Path(hits[0].passage.source).name == question["source"]

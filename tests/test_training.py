@@ -212,7 +212,7 @@ def test_a_line_without_text_is_named(tmp_path):
 
 
 def test_yaml_keeps_every_field(data, tmp_path):
-    config = _config(data, tmp_path, ratio_weights=[0.7, 0.3], slots_per_chunk=[2, 4], held_out=["held.jsonl"])
+    config = _config(data, tmp_path, slots_per_chunk=[2, 4], held_out=["held.jsonl"])
     path = tmp_path / "train.yaml"
     path.write_text(yaml.safe_dump(config.to_dict()))
     assert TrainConfig.load(path) == config
@@ -249,10 +249,20 @@ BAD_FIELDS = [
     ("init_from", [], "init_from must be a path or null"),
     ("cache", 3, "cache must be a path or null, got 3"),
     ("stages", [], "stages must hold at least one stage, got none"),
-    ("stages", 100, "stages must be a list of mappings with steps and tasks, got 100"),
-    ("stages", [100], "stages must be a list of mappings with steps and tasks, got 100"),
-    ("stages", [{"steps": 5}], "stages must be a list of mappings with steps and tasks, got {'steps': 5}"),
+    ("stages", 100, "stages must be a list of mappings with steps, tasks and perhaps ratios, got 100"),
+    ("stages", [100], "stages must be a list of mappings with steps, tasks and perhaps ratios, got 100"),
+    (
+        "stages",
+        [{"steps": 5}],
+        "stages must be a list of mappings with steps, tasks and perhaps ratios, got {'steps': 5}",
+    ),
     ("stages", [{"steps": 0, "tasks": {"continue": 1}}], "steps of a stage must be a whole number of 1 or more, got 0"),
+    (
+        "stages",
+        [{"steps": 5, "tasks": {"continue": 1}, "ratios": {0: 1.0}}],
+        "ratios of a stage must be a whole number",
+    ),
+    ("stages", [{"steps": 5, "tasks": {"continue": 1}, "ratios": {4: -1}}], "ratios of a stage must be weights"),
     ("stages", [{"steps": 5, "tasks": {"sing": 1}}], "tasks of a stage must be weights of reconstruct, .*'sing'"),
     ("stages", [{"steps": 5, "tasks": {"continue": 0}}], "tasks of a stage must be weights of"),
     ("stages", [{"steps": 5, "tasks": {"continue": "much"}}], "tasks of a stage must be weights of .*'much'"),
@@ -269,9 +279,6 @@ BAD_FIELDS = [
     ("text_tokens", [64, 16], "text_tokens must be two whole numbers, 2 <= shortest <= longest"),
     ("slots_per_chunk", 4, "slots_per_chunk must be a list of whole numbers, got 4"),
     ("slots_per_chunk", [0], "slots_per_chunk must be a whole number of 1 or more, got 0"),
-    ("ratio_weights", 1, "ratio_weights must be a list of weights, got 1"),
-    ("ratio_weights", [1.0], "ratio_weights must have one weight for each of pic.ratios"),
-    ("ratio_weights", [0, 0], "ratio_weights must be 0 or more and not all 0"),
     ("precision", "fp8", "precision must be one of bf16, fp32, got 'fp8'"),
     ("attn_implementation", "flash", "attn_implementation must be one of sdpa, eager, flex_attention, got 'flash'"),
     ("compile", "yes", "compile must be one of True, False, got 'yes'"),

@@ -17,7 +17,6 @@ from pic_rag.cli.options import (
     loading,
     positive,
     progress,
-    quality_note,
     show_bars,
 )
 
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     print("" if live else answer.answer, flush=True)
     if not args.quiet:
         say(_cost(answer, args.mode))
-        if args.mode == "pic" and (note := quality_note(rag.compressor.name)):
+        if args.mode == "pic" and (note := rag.compressor.checkpoint.quality):
             say(f"note: {note}")
     return 0
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
@@ -18,9 +18,9 @@ from pic_rag.cli.options import (
     loading,
     positive,
     progress,
-    quality_note,
     show_bars,
 )
+from pic_rag.questions import read_questions
 
 if TYPE_CHECKING:
     from pic_rag.rag import Answer, PicRag
@@ -46,7 +46,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Ask every question twice."""
-    questions = json.loads((CORPUS / "questions.json").read_text(encoding="utf-8"))[: args.limit]
+    questions = list(islice(read_questions(CORPUS / "questions.jsonl"), args.limit))
     with status("Loading the models", quiet=args.quiet):
         from pic_rag.rag import PicRag
 
@@ -56,12 +56,12 @@ def run(args: argparse.Namespace) -> int:
     rag.add_files(files, progress=progress(args))
     _print_head(rag, len(files), args)
     pairs = []
-    for number, entry in enumerate(questions, start=1):
-        memories, text = _ask_twice(rag, entry["question"], args)
-        print(f"\n{number}. {entry['question']}  (expected: {entry['answer']})")
+    for number, asked in enumerate(questions, start=1):
+        memories, text = _ask_twice(rag, asked.question, args)
+        print(f"\n{number}. {asked.question}  (expected: {asked.answers[0]})")
         print(_line("memories", memories))
         print(_line("full text", text), flush=True)
-        pairs.append((memories, text, [entry["answer"]]))
+        pairs.append((memories, text, asked.answers))
     print(f"\n{_summary(pairs)}")
     return 0
 
@@ -71,7 +71,7 @@ def _print_head(rag: PicRag, files: int, args: argparse.Namespace) -> None:
     print(f"{files} documents in {len(rag.retriever)} passages; each answer is given from the {args.top_k} best,")
     print(f"read as memory tokens ({ratio} text tokens each) and as full text.")
     print(f"Generator: {rag.generator.model_id.partition('@')[0]}")
-    if note := quality_note(rag.compressor.name):
+    if note := rag.compressor.checkpoint.quality:
         print(f"Note: {note}")
 
 
@@ -84,7 +84,7 @@ def _line(name: str, answer: Answer) -> str:
     return f"   {name:<9} {answer.prompt_tokens:>5} tokens   {' '.join(answer.answer.split())}"
 
 
-def _summary(pairs: Sequence[tuple[Answer, Answer, list[str]]]) -> str:
+def _summary(pairs: Sequence[tuple[Answer, Answer, Sequence[str]]]) -> str:
     """What it cost and what it brought, in one line."""
     from pic_rag.evaluation.metrics import contains_answer
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pic_rag.cli.console import calm_libraries, status
@@ -78,18 +76,3 @@ def load_compressor(args: argparse.Namespace, **options: str) -> Compressor:
 def show_bars(args: argparse.Namespace) -> bool:
     """Whether a bar would reach somebody."""
     return sys.stderr.isatty() and not args.quiet
-
-
-def quality_note(compressor: str | None) -> str:
-    """What a checkpoint's `config.json` says under `quality`, for users to know what to expect; "" when nothing."""
-    if compressor is None:
-        from pic_rag.embedded import compressor_path
-
-        folder = compressor_path()
-    else:
-        folder = Path(compressor)
-    try:
-        settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:  # of the hub: its model card speaks
-        return ""
-    return str(settings.get("quality", ""))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -11,7 +12,7 @@ from torch.utils.data import Dataset
 
 from pic_rag.layout import Layout, build_layout, pack
 from pic_rag.mask import Places
-from pic_rag.training.config import TrainConfig
+from pic_rag.training.config import Stage, TrainConfig
 from pic_rag.training.examples import MEMORY, Dialogue, ExampleFactory
 
 
@@ -74,9 +75,11 @@ class StepDataset(Dataset[Batch]):
         return self.config.steps
 
     def __getitem__(self, step: int) -> Batch:
-        task = self._task(step)
+        stage = self._stage(step)
+        task = self._task(stage, step)
+        ratios = stage.ratios or dict.fromkeys(self.config.pic.ratios, 1.0)
         random = np.random.default_rng([self.config.seed, step, self.rank])
-        examples = [self.factory.draw(task, random) for _ in range(self.config.examples_per_step)]
+        examples = [self.factory.draw(task, ratios, random) for _ in range(self.config.examples_per_step)]
         segments = [segment for example in examples for segment in example.segments]
         places = self.config.row_places
         teachers = [example.teacher for example in examples if example.teacher is not None]
@@ -87,13 +90,13 @@ class StepDataset(Dataset[Batch]):
             build_rows(teachers, places) if teachers else None,
         )
 
-    def _task(self, step: int) -> str:
+    def _stage(self, step: int) -> Stage:
+        """The stage a step belongs to."""
+        ends = itertools.accumulate(stage.steps for stage in self.config.stages)
+        return next(stage for stage, end in zip(self.config.stages, ends, strict=True) if step < end)
+
+    def _task(self, stage: Stage, step: int) -> str:
         """The step's task, drawn from its stage's weights; the same on every device."""
-        first = 0
-        for stage in self.config.stages:
-            if step < first + stage.steps:
-                break
-            first += stage.steps
         names, weights = zip(*sorted(stage.tasks.items()), strict=True)
         random = np.random.default_rng([self.config.seed, step])
         return str(random.choice(names, p=np.array(weights) / sum(weights)))

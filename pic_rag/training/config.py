@@ -22,6 +22,8 @@ from pic_rag.training.rules import (
     require_whole,
 )
 
+_DEMO = Path(__file__).parents[1] / "demo"
+
 TASKS = ("reconstruct", "continue", "questions")
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
@@ -61,21 +63,29 @@ def _help(text: str, **kwargs: Any) -> Any:  # noqa: ANN401 - a dataclass field 
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training with one mixture of tasks."""
+    """A stretch of training with one mixture of tasks and of ratios."""
 
     steps: int = _help("optimiser steps")
     tasks: Mapping[str, float] = _help("weight of each task: a step draws one of reconstruct, continue, questions")
+    ratios: Mapping[int, float] = _help(
+        "weight of each ratio: a document draws one, of the served ones or not; empty: `pic.ratios`, equally",
+        default_factory=dict,
+    )
 
     def __post_init__(self) -> None:
         require_whole("steps of a stage", self.steps, 1)
         if not are_weights(self.tasks) or not set(self.tasks) <= set(TASKS):
             raise ValueError(f"tasks of a stage must be weights of {', '.join(TASKS)}, got {self.tasks!r}.")
+        if self.ratios and not are_weights(self.ratios):
+            raise ValueError(f"ratios of a stage must be weights of ratios, got {self.ratios!r}.")
+        for ratio in self.ratios:
+            require_whole("ratios of a stage", ratio, 1)
 
     @classmethod
     def from_dict(cls, values: Any) -> Stage:  # noqa: ANN401 - whatever the file holds
-        """Build from a YAML mapping; anything but `steps` and `tasks` raises ValueError."""
-        if not isinstance(values, Mapping) or set(values) != {"steps", "tasks"}:
-            raise ValueError(f"stages must be a list of mappings with steps and tasks, got {values!r}.")
+        """Build from a YAML mapping; `steps` and `tasks` are needed, `ratios` may be there, else ValueError."""
+        if not isinstance(values, Mapping) or set(values) - {"ratios"} != {"steps", "tasks"}:
+            raise ValueError(f"stages must be a list of mappings with steps, tasks and perhaps ratios, got {values!r}.")
         return cls(**values)
 
 
@@ -92,7 +102,7 @@ class TrainConfig:
     pic: PicConfig = _help("settings of the compressor", default=PicConfig())
     base_model: str | None = _help("folder or hub id of the base model and generator; None: the embedded", default=None)
     init_from: str | None = _help("compressor to start from; None: an untrained one", default=None)
-    texts: tuple[str, ...] = _help("text corpora: .txt, .jsonl(.gz) with `text`, or hf:ID", default=())
+    texts: tuple[str, ...] = _help("text corpora: .txt or .md, .jsonl(.gz) with `text`, or hf:ID", default=())
     questions: Mapping[str, float] = _help("question files and their weights", default_factory=dict)
     held_out: tuple[str, ...] = _help("files whose texts and questions are dropped from training", default=())
     cache: str | None = _help("folder for tokenised corpora; None: `out`/tokens", default=None)
@@ -103,7 +113,6 @@ class TrainConfig:
     documents: int = _help("documents in a questions example, at most", default=5)
     distractor_share: float = _help("share of one-document examples that get distractors", default=0.3)
     slots_per_chunk: tuple[int, ...] = _help("slots_per_chunk drawn per example", default=(4,))
-    ratio_weights: tuple[float, ...] = _help("weights of `pic.ratios`; empty: equal", default=())
     learning_rate: float = _help("of the LoRA", default=3e-4)
     converter_rate_factor: float = _help("times learning_rate: converter and slot embedding", default=5.0)
     reader_rank: int = _help("rank of the generator's reader LoRA; 0: the generator stays frozen", default=0)
@@ -146,15 +155,6 @@ class TrainConfig:
             require_whole("slots_per_chunk", count, 1)
         if self.questions != {} and not are_weights(self.questions):
             raise ValueError(f"questions must be a mapping of files to weights, got {self.questions!r}.")
-        if not isinstance(self.ratio_weights, tuple):
-            raise ValueError(f"ratio_weights must be a list of weights, got {self.ratio_weights!r}.")
-        if self.ratio_weights and not are_weights(dict(enumerate(self.ratio_weights))):
-            raise ValueError(f"ratio_weights must be 0 or more and not all 0, got {self.ratio_weights}.")
-        if self.ratio_weights and len(self.ratio_weights) != len(self.pic.ratios):
-            raise ValueError(
-                f"ratio_weights must have one weight for each of pic.ratios {self.pic.ratios}, "
-                f"got {self.ratio_weights}."
-            )
 
     def _check_sources(self) -> None:
         wanted = {task for stage in self.stages for task, weight in stage.tasks.items() if weight}
@@ -170,7 +170,7 @@ class TrainConfig:
 
     @classmethod
     def load(cls, path: str | Path, **overrides: Any) -> TrainConfig:  # noqa: ANN401 - any field
-        """Read a YAML file; relative paths in it stay relative to the working directory.
+        """Read a YAML file; relative paths in it stay relative to the working directory, `demo:` is the demo corpus.
 
         Raises:
             FileNotFoundError: when there is no such file.
@@ -182,7 +182,7 @@ class TrainConfig:
             raise ValueError(f"{path} must be YAML, got: {error}.") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} must be a YAML mapping of TrainConfig's fields, got {type(values).__name__}.")
-        return cls.from_dict({**values, **overrides})
+        return cls.from_dict(_from_demo({**values, **overrides}))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -206,6 +206,16 @@ class TrainConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
         return {**dataclasses.asdict(self), "pic": self.pic.to_dict()}
+
+
+def _from_demo(values: Any) -> Any:  # noqa: ANN401 - any YAML value
+    """The values with `demo:` at the beginning of a path replaced by the folder of pic-rag's own small corpus."""
+    if isinstance(values, dict):
+        return {_from_demo(key): _from_demo(value) for key, value in values.items()}
+    if isinstance(values, list):
+        return [_from_demo(value) for value in values]
+    demo = isinstance(values, str) and values.startswith("demo:")
+    return str(_DEMO / values.removeprefix("demo:")) if demo else values
 
 
 def _pic(values: Mapping[str, Any] | PicConfig) -> PicConfig:

@@ -74,14 +74,14 @@ class TokenTable:
 
 
 def read_texts(source: str) -> Iterator[str]:
-    """Texts of a corpus: `.txt` (one document), `.jsonl` or `.jsonl.gz` (`text`), or `hf:ID[:SPLIT]` of `datasets`."""
+    """Texts of a corpus: `.txt` or `.md` (one), `.jsonl(.gz)` (`text` of each line), `hf:ID[:SPLIT]` of `datasets`."""
     if source.startswith("hf:"):
         import datasets
 
         name, _, split = source[3:].partition(":")
         for row in datasets.load_dataset(name, split=split or "train", streaming=True):
             yield row["text"]
-    elif source.endswith(".txt"):
+    elif source.endswith((".txt", ".md")):
         yield Path(source).read_text(encoding="utf-8")
     else:
         for values, where in read_jsonl(source):

@@ -19,6 +19,7 @@ from pic_rag.training.corpora import QuestionTable, Record, TokenTable
 
 MEMORY = -1  # stands in a sequence where a memory token goes
 Messages = list[dict[str, str]]
+Ratios = Mapping[int, float]
 PromptShape = Callable[[str, Sequence[str]], Messages]
 
 
@@ -113,36 +114,36 @@ class ExampleFactory:
         self.questions = list(questions)
         weights = np.array(list(questions.values()), dtype=float)
         self._question_weights = weights / weights.sum() if len(weights) else weights
-        self._draw: dict[str, Callable[[np.random.Generator], Example]] = {
+        self._draw: dict[str, Callable[[Ratios, np.random.Generator], Example]] = {
             "reconstruct": self._reconstruct,
             "continue": self._continue,
             "questions": self._ask,
         }
 
-    def draw(self, task: str, random: np.random.Generator) -> Example:
-        """One example of a task."""
-        return self._draw[task](random)
+    def draw(self, task: str, ratios: Ratios, random: np.random.Generator) -> Example:
+        """One example of a task, its documents compressed at ratios of those weights."""
+        return self._draw[task](ratios, random)
 
-    def _reconstruct(self, random: np.random.Generator) -> Example:
+    def _reconstruct(self, ratios: Ratios, random: np.random.Generator) -> Example:
         text = self._excerpt(random, 0)
-        segments = self._compress([text], random)
+        segments = self._compress([text], ratios, random)
         prompt = self._render([{"role": "user", "content": f"{_handle(0)}\n\n{_REPEAT}"}])
         pieces = self._tokenize(prompt, [_memory_places(segments)])
         end = np.array([self.tokenizer.eos_token_id])
         return Example(segments, Dialogue.join([*pieces, (text, True), (end, True)]))
 
-    def _continue(self, random: np.random.Generator) -> Example:
+    def _continue(self, ratios: Ratios, random: np.random.Generator) -> Example:
         excerpt = self._excerpt(random, self.config.target_tokens)
         cut = max(1, len(excerpt) - self.config.target_tokens)
-        segments = self._compress([excerpt[:cut]], random)
+        segments = self._compress([excerpt[:cut]], ratios, random)
         return Example(segments, Dialogue.join([(_memory_places(segments), False), (excerpt[cut:], True)]))
 
-    def _ask(self, random: np.random.Generator) -> Example:
+    def _ask(self, ratios: Ratios, random: np.random.Generator) -> Example:
         table = self.questions[random.choice(len(self.questions), p=self._question_weights)]
         group = table.groups[random.integers(len(table.groups))]
         asked = [group[number] for number in random.permutation(len(group))[: self.config.turns]]
         documents = [table.contexts[table.number[text]] for text in self._documents(asked, table, random)]
-        segments: list[list[Segment]] = [self._compress([document], random) for document in documents]
+        segments: list[list[Segment]] = [self._compress([document], ratios, random) for document in documents]
         shape = PROMPT_SHAPES[random.choice(len(PROMPT_SHAPES), p=[weight for weight, _ in PROMPT_SHAPES])][1]
         spans = self._conversation(asked, shape, len(documents), random)
         reads = self._sequence(spans, [_memory_places(parts) for parts in segments])
@@ -213,11 +214,11 @@ class ExampleFactory:
                 start = random.integers(max(1, len(text) - wanted + 1))
                 return text[start : start + wanted]
 
-    def _compress(self, documents: Sequence[np.ndarray], random: np.random.Generator) -> list[Segment]:
+    def _compress(self, documents: Sequence[np.ndarray], ratios: Ratios, random: np.random.Generator) -> list[Segment]:
         """Segments of some documents at one random ratio and one random number of slots a chunk."""
         pic = self.config.pic
-        weights = np.array(self.config.ratio_weights or [1.0] * len(pic.ratios))
-        ratio = int(random.choice(pic.ratios, p=weights / weights.sum()))
+        weights = np.array(list(ratios.values()))
+        ratio = int(random.choice(list(ratios), p=weights / weights.sum()))
         slots_per_chunk = int(random.choice(self.config.slots_per_chunk))
         cuts = [
             document[start : start + pic.segment_tokens]

@@ -37,8 +37,8 @@ DOCUMENTS = [
     ),
     Document(
         id_="museum",
-        text="The keeper's house is a museum today. It opens at nine in the morning, is closed on Mondays, and shows the "
-        "first keeper's logbook, a brass barometer and the oars of the rescue boat.",
+        text="The keeper's house is a museum today. It opens at nine in the morning, is closed on Mondays, and shows "
+        "the first keeper's logbook, a brass barometer and the oars of the rescue boat.",
         metadata={"file": "museum.md"},
     ),
     Document(
@@ -78,7 +78,7 @@ class MiniLM(BaseEmbedding):
 def real_compressor() -> Compressor:
     try:
         return Compressor.from_pretrained(os.environ.get("PIC_RAG_TEST_COMPRESSOR"))
-    except (EmbeddedModelError, FileNotFoundError):
+    except EmbeddedModelError:
         return Compressor.from_base()
 
 
@@ -172,18 +172,9 @@ def test_streaming_gives_the_whole_answer_in_pieces(real_index, real_postprocess
 def test_thirty_two_concurrent_queries_answer_as_one_by_one(real_index, real_postprocessor, real_llm):
     brief = real_llm.model_copy(update={"max_new_tokens": 4})
     engine = real_index.as_query_engine(llm=brief, node_postprocessors=[real_postprocessor], similarity_top_k=1)
-    subjects = [
-        "the lighthouse",
-        "the museum",
-        "the seals",
-        "the dogs",
-        "the lamp",
-        "the oars",
-        "the wreck",
-        "the pups",
-    ]
+    subjects = ("lighthouse", "museum", "seals", "dogs", "lamp", "oars", "wreck", "pups")
     questions = [
-        f"{ask} {subject}?" for ask in ("What about", "Who knows", "When was", "Where are") for subject in subjects
+        f"{ask} the {subject}?" for ask in ("What about", "Who knows", "When", "Where") for subject in subjects
     ]
     expected = [str(engine.query(question)) for question in questions]
 

@@ -15,12 +15,12 @@ pytestmark = pytest.mark.embedded
 
 PROMPT = ChatPromptTemplate.from_template("Answer in a few words.\n\n{context}\n\nQuestion: {question}")
 TEXTS = {
-    "amsel.md": "The lighthouse of Amsel was built in 1887 by the engineer Ida Brandt. Its lamp burnt rape oil until 1921, "
-    "when it was changed to gas at a cost of 4,300 crowns. The keeper climbed its 212 steps twice a night.",
-    "salt.md": "Salt was the trade of the island. Forty barges carried it to the mainland every spring, and the tax on it "
-    "paid for the harbour wall, which was finished in 1904 after eleven years of work.",
-    "seals.md": "Grey seals rest on the rocks below the tower from June to September. Boats have to keep a distance of "
-    "one hundred metres, and the island's two wardens count the pups in the last week of August.",
+    "amsel.md": """The lighthouse of Amsel was built in 1887 by the engineer Ida Brandt. Its lamp burnt rape oil until
+1921, when it was changed to gas at a cost of 4,300 crowns. The keeper climbed its 212 steps twice a night.""",
+    "salt.md": """Salt was the trade of the island. Forty barges carried it to the mainland every spring, and the tax
+on it paid for the harbour wall, which was finished in 1904 after eleven years of work.""",
+    "seals.md": """Grey seals rest on the rocks below the tower from June to September. Boats have to keep a distance
+of one hundred metres, and the island's two wardens count the pups in the last week of August.""",
 }
 QUESTIONS = ("Who built the lighthouse?", "When was the harbour wall finished?", "When do the seals rest there?")
 

@@ -12,8 +12,6 @@ from langchain_pic_rag import ChatPIC, PassageRetriever, PICRetriever
 
 pytestmark = pytest.mark.embedded
 
-UNRELIABLE = "the embedded model of 135M parameters does not call tools reliably"
-
 
 class TestChatPIC(ChatModelIntegrationTests):
     @property
@@ -22,7 +20,7 @@ class TestChatPIC(ChatModelIntegrationTests):
 
     @property
     def chat_model_params(self):
-        return {"model": os.environ.get("PIC_RAG_TEST_COMPRESSOR"), "max_tokens": 24}
+        return {"model": os.environ.get("PIC_RAG_TEST_COMPRESSOR"), "max_tokens": 40}
 
     @property
     def supports_model_override(self):

@@ -242,6 +242,18 @@ def test_bound_tools_stand_in_the_prompt_in_one_call_and_in_a_stream(chat):
     assert sum(part.usage_metadata["input_tokens"] for part in bound.stream(messages) if part.usage_metadata) == read
 
 
+def test_a_structured_answer_that_the_model_does_not_give_is_none(chat):
+    schema = {
+        "title": "Answer",
+        "description": "An answer.",
+        "type": "object",
+        "properties": {"year": {"type": "integer"}},
+    }
+    structured = chat.with_structured_output(schema, include_raw=True)
+    assert structured.invoke("When?")["parsed"] is None
+    assert asyncio.run(structured.ainvoke("When?"))["parsing_error"] is None
+
+
 def _find(run, name):
     if run.name == name:
         return run
