@@ -52,7 +52,10 @@ def token_windows(text: str, tokenizer: Any) -> Iterator[np.ndarray]:  # noqa: A
         if stop < len(text):
             gaps = [gap.start() for gap in _BREAK.finditer(text, stop - WINDOW_CHARACTERS // 10, stop)]
             stop = gaps[-1] if gaps else stop
-        ids = tokenizer(text[start:stop], add_special_tokens=False, verbose=False)["input_ids"]
+        # A document's "<|im_end|>" is text: it must not end a message in the generator's eyes.
+        ids = tokenizer(text[start:stop], add_special_tokens=False, split_special_tokens=True, verbose=False)[
+            "input_ids"
+        ]
         yield np.asarray(ids, dtype=np.int64)
         start = stop
 

@@ -111,8 +111,11 @@ class PicEncoder(nn.Module):
 
     def _mask(self, layout: Layout, dtype: torch.dtype) -> object:
         scopes = {"text_scope": self.config.text_scope, "memory_scope": self.config.memory_scope}
-        if self.decoder.config._attn_implementation == "flex_attention":
+        implementation = self.decoder.config._attn_implementation
+        if implementation == "flex_attention":
             return flex_mask(layout.places, **scopes)
+        if implementation not in ("sdpa", "eager"):
+            raise ValueError(f"attn_implementation must be sdpa, eager or flex_attention, got {implementation!r}.")
         return dense_mask(layout.places, dtype, **scopes)
 
     def _slot_row(self, embeddings: nn.Module) -> torch.Tensor:

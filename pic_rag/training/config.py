@@ -198,7 +198,9 @@ class TrainConfig:
             name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
         }
         if not isinstance(values["stages"], (list, tuple)):
-            raise ValueError(f"stages must be a list of mappings with steps and tasks, got {values['stages']!r}.")
+            raise ValueError(
+                f"stages must be a list of mappings with steps, tasks and perhaps ratios, got {values['stages']!r}."
+            )
         converted["stages"] = tuple(Stage.from_dict(stage) for stage in values["stages"])
         converted["pic"] = _pic(values.get("pic", {}))
         return cls(**converted)

@@ -16,7 +16,6 @@ import numpy as np
 from tqdm import tqdm
 
 from pic_rag.questions import Question, read_jsonl, read_rows
-from pic_rag.questions import document_text as document_text
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +161,8 @@ class QuestionTable:
 
 
 def _cache_key(sources: Sequence[str], tokenizer: Any, held_out: set[str]) -> str:  # noqa: ANN401
-    files = [(source, os.stat(source).st_size if os.path.exists(source) else 0) for source in sources]
+    stats = [os.stat(source) if os.path.exists(source) else None for source in sources]
+    files = [(source, stat and (stat.st_size, stat.st_mtime_ns)) for source, stat in zip(sources, stats, strict=True)]
     vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
     identity = json.dumps([files, vocabulary, sorted(held_out)])
     return hashlib.sha256(identity.encode()).hexdigest()[:16]

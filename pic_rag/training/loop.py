@@ -6,13 +6,13 @@ import json
 import logging
 import math
 import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.utils.data import DataLoader
 from tqdm import tqdm
@@ -25,6 +25,7 @@ from pic_rag.training.batch import Batch, StepDataset
 from pic_rag.training.config import TrainConfig
 from pic_rag.training.corpora import QuestionTable, held_out_hashes, text_table
 from pic_rag.training.examples import ExampleFactory
+from pic_rag.training.metrics import MetricsLog
 from pic_rag.training.objective import Objective
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class Trainer:
         batches = _loader(self._dataset(), steps, self.config.workers)
         started = saved = time.monotonic()
         hidden = progress is False or not self.accelerator.is_main_process
-        log = _MetricsLog(self.out / METRICS_FILE, self.step, self.config) if self.accelerator.is_main_process else None
+        log = MetricsLog(self.out / METRICS_FILE, self.step, self.config) if self.accelerator.is_main_process else None
         with tqdm(total=self.config.steps, initial=self.step, desc="train", disable=hidden or None) as bar:
             for batch in batches:
                 loss, accuracy, gradient = self._take_step(batch)
@@ -105,7 +106,7 @@ class Trainer:
                 if now - saved > 60 * self.config.checkpoint_minutes:
                     self._save(self.seconds + now - started)
                     saved = time.monotonic()
-                if minutes is not None and now - started > 60 * minutes:
+                if minutes is not None and self._agree(now - started > 60 * minutes):
                     break
         self._save(self.seconds + time.monotonic() - started)
         return self.out / COMPRESSOR_FOLDER
@@ -124,6 +125,12 @@ class Trainer:
         self.optimizer.step()
         self._publish()
         return loss.detach(), accuracy.detach(), gradient.detach()
+
+    def _agree(self, stop: bool) -> bool:
+        """Whether to stop, as the main process sees it: all devices have to leave the loop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        return bool(broadcast(torch.tensor(stop, device=self.accelerator.device)).item())
 
     def _publish(self) -> None:
         """Copy the float32 master weights into the model, which computes in its own dtype."""
@@ -172,8 +179,12 @@ class Trainer:
 
     def _start_from(self, folder: str) -> None:
         start = Checkpoint.load(folder)
+        if start.base.id.rpartition("@")[2] != self.base.id.rpartition("@")[2]:
+            raise ValueError(f"init_from must be a compressor of {self.base.id!r}, got one of {start.base.id!r}.")
         self.encoder.load_trained_state(start.weights)
-        if start.reader is not None and isinstance(self.generator, PeftModel):
+        if start.reader is not None:
+            if not isinstance(self.generator, PeftModel):
+                raise ValueError(f"reader_rank must be above 0: init_from={folder!r} has a reader to go on from.")
             self.generator.load_adapter(str(start.reader), "default", is_trainable=True)
 
     def _save(self, seconds: float) -> None:
@@ -222,45 +233,6 @@ class Trainer:
         logger.info("resumed %s at step %d", self.out, self.step)
 
 
-class _MetricsLog:
-    """Means over `log_steps`, one JSON object a line; numbers leave the device only when a line is written."""
-
-    def __init__(self, path: Path, step: int, config: TrainConfig) -> None:
-        self.path = path
-        if step == 0:
-            path.write_text(json.dumps({"config": config.to_dict(), "versions": _versions()}) + "\n", encoding="utf-8")
-        self._clear()
-
-    def add(
-        self, batch: Batch, loss: torch.Tensor, accuracy: torch.Tensor, gradient: torch.Tensor, rate: float
-    ) -> None:
-        self.losses.setdefault(batch.task, []).append(loss)
-        self.accuracies.setdefault(batch.task, []).append(accuracy)
-        self.gradients.append(gradient)
-        self.rate = rate
-        self.tokens += batch.layout.token_ids.numel() + batch.reads.ids.numel()
-
-    def write(self, step: int, seconds: float) -> dict[str, float]:
-        line: dict[str, float] = {"step": step, "seconds": round(seconds, 1), "rate": self.rate}
-        line["gradient_norm"] = torch.stack(self.gradients).mean().item()
-        line["tokens_per_second"] = self.tokens / (time.monotonic() - self.since)
-        for task, losses in self.losses.items():
-            line[f"{task}_loss"] = torch.stack(losses).mean().item()
-            line[f"{task}_accuracy"] = torch.stack(self.accuracies[task]).mean().item()
-        with self.path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(line) + "\n")
-        self._clear()
-        return {name: value for name, value in line.items() if name.endswith(("loss", "accuracy"))}
-
-    def _clear(self) -> None:
-        self.losses: dict[str, list[torch.Tensor]] = {}
-        self.accuracies: dict[str, list[torch.Tensor]] = {}
-        self.gradients: list[torch.Tensor] = []
-        self.rate = 0.0
-        self.tokens = 0
-        self.since = time.monotonic()
-
-
 def _trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
@@ -294,14 +266,3 @@ def _identity(config: TrainConfig) -> dict[str, Any]:
     """What must stay the same in a resumed run: all but the number of steps, which may grow, and how it is logged."""
     free = ("stages", "out", "checkpoint_minutes", "log_steps", "workers", "cache", "compile")
     return {name: value for name, value in json.loads(json.dumps(config.to_dict())).items() if name not in free}
-
-
-def _versions() -> dict[str, str]:
-    import peft
-    import transformers
-
-    modules = {"torch": torch, "transformers": transformers, "peft": peft}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"python": platform.python_version(), "device": device} | {
-        name: module.__version__ for name, module in modules.items()
-    }

@@ -60,15 +60,19 @@ class Objective(nn.Module):
         self, hidden: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Summed loss and number of right guesses of `(targets, hidden)`."""
-        head = self.generator.get_output_embeddings()
-        logits = head(hidden).float()  # (targets, vocabulary)
+        logits = self._logits(hidden)  # (targets, vocabulary)
         loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
         if teacher is not None:
             with torch.no_grad():
-                wanted = head(teacher).float().log_softmax(-1)
+                wanted = self._logits(teacher).log_softmax(-1)
             divergence = nn.functional.kl_div(logits.log_softmax(-1), wanted, reduction="sum", log_target=True)
             loss = loss + self.distillation * divergence
         return loss, (logits.argmax(-1) == targets).sum()
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.generator.get_output_embeddings()(hidden).float()
+        cap = getattr(self.generator.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
+        return cap * torch.tanh(logits / cap) if cap else logits
 
     def _read(self, rows: Rows, memories: torch.Tensor | None) -> torch.Tensor:
         """`(targets, hidden)` last hidden states of the generator at the places that predict a target."""

@@ -1,0 +1,67 @@
+"""The metrics of a run: means over some steps, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+
+from pic_rag.training.batch import Batch
+from pic_rag.training.config import TrainConfig
+
+
+class MetricsLog:
+    """Means over `log_steps`, one JSON object a line; numbers leave the device only when a line is written."""
+
+    def __init__(self, path: Path, step: int, config: TrainConfig) -> None:
+        """Begin at a step: lines of later steps, from a run that was killed, are dropped."""
+        self.path = path
+        head = json.dumps({"config": config.to_dict(), "versions": _versions()})
+        kept = path.read_text(encoding="utf-8").splitlines()[1:] if step else []
+        lines = [head, *(line for line in kept if json.loads(line)["step"] <= step)]
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self._clear()
+
+    def add(
+        self, batch: Batch, loss: torch.Tensor, accuracy: torch.Tensor, gradient: torch.Tensor, rate: float
+    ) -> None:
+        """Take a step's numbers, which stay on their device."""
+        self.losses.setdefault(batch.task, []).append(loss)
+        self.accuracies.setdefault(batch.task, []).append(accuracy)
+        self.gradients.append(gradient)
+        self.rate = rate
+        self.tokens += batch.layout.token_ids.numel() + batch.reads.ids.numel()
+
+    def write(self, step: int, seconds: float) -> dict[str, float]:
+        """Write the means since the last line; returns its losses and accuracies."""
+        line: dict[str, float] = {"step": step, "seconds": round(seconds, 1), "rate": self.rate}
+        line["gradient_norm"] = torch.stack(self.gradients).mean().item()
+        line["tokens_per_second"] = self.tokens / (time.monotonic() - self.since)
+        for task, losses in self.losses.items():
+            line[f"{task}_loss"] = torch.stack(losses).mean().item()
+            line[f"{task}_accuracy"] = torch.stack(self.accuracies[task]).mean().item()
+        with self.path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(line) + "\n")
+        self._clear()
+        return {name: value for name, value in line.items() if name.endswith(("loss", "accuracy"))}
+
+    def _clear(self) -> None:
+        self.losses: dict[str, list[torch.Tensor]] = {}
+        self.accuracies: dict[str, list[torch.Tensor]] = {}
+        self.gradients: list[torch.Tensor] = []
+        self.rate = 0.0
+        self.tokens = 0
+        self.since = time.monotonic()
+
+
+def _versions() -> dict[str, str]:
+    modules = {"torch": torch, "transformers": transformers, "peft": peft}
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {"python": platform.python_version(), "device": device} | {
+        name: module.__version__ for name, module in modules.items()
+    }
