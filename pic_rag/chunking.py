@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-WINDOW_CHARACTERS = 200_000
+WINDOW_CHARACTERS = 50_000
 """Characters tokenised at once, so that memory does not grow with the length of a text."""
 
 _BREAK = re.compile(r"(?<=\S)\s(?=\S)")  # not inside a run of white space: tokenizers make one token of a run

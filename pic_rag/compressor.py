@@ -244,7 +244,7 @@ class Compressor:
             encoded = self.encoder(layout.to(self.device)).cpu()
             sizes = [len(segment.chunk) for segment in own]
             for number, memory in zip(group, encoded.split(sizes), strict=True):
-                memories[number] = memory.clone()
+                memories[number] = memory
         return memories
 
     def _memory(self, text: str, ratio: int, text_tokens: int, pieces: list[torch.Tensor]) -> Memory:
