@@ -1,6 +1,7 @@
 """One loaded model for all who ask for the same one: components of an application share it instead of loading it again.
 
-Models stay loaded until `unload_shared` or the end of the process. This room only keeps what others build.
+What is shared stays until `unload_shared` or the end of the process. This room only keeps what others build, and
+imports them when they are asked for.
 """
 
 from __future__ import annotations
@@ -8,66 +9,117 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from pic_rag.compressor import Compressor
-from pic_rag.generator import Generator
+if TYPE_CHECKING:
+    from pic_rag.checkpoint import Checkpoint
+    from pic_rag.compressor import Compressor
+    from pic_rag.generator import Generator
+    from pic_rag.store import SQLiteStore
 
-Model = TypeVar("Model", Compressor, Generator)
+STORE_FILE = "memories.sqlite"
 
-_models: dict[Hashable, Any] = {}
+T = TypeVar("T")
+
+_values: dict[Hashable, Any] = {}
 _locks: dict[Hashable, threading.Lock] = {}
 _guard = threading.Lock()
 
 
+def shared_checkpoint(name_or_path: str | Path | None = None) -> Checkpoint:
+    """The process's checkpoint of that name: what a compressor is on disk, read without loading models. Thread safe.
+
+    Args:
+        name_or_path: as for `Checkpoint.load`.
+    """
+    from pic_rag.checkpoint import Checkpoint
+
+    return _share(("checkpoint", _text(name_or_path)), lambda: Checkpoint.load(name_or_path))
+
+
 def shared_compressor(
-    name_or_path: str | Path | None = None, *, device: str | None = None, dtype: str | None = None
+    name_or_path: str | Path | None = None,
+    **loading: Any,  # noqa: ANN401 - from_pretrained's arguments
 ) -> Compressor:
-    """The process's compressor of that name, device and dtype; loaded by the first who asks. Thread safe.
+    """The process's compressor of that name and loading; loaded by the first who asks. Thread safe.
 
     Args:
         name_or_path: as for `Compressor.from_pretrained`.
-        device: likewise.
-        dtype: likewise.
+        **loading: likewise.
     """
-    key = ("compressor", _text(name_or_path), device, dtype)
-    return _share(key, lambda: Compressor.from_pretrained(name_or_path, device=device, dtype=dtype))
+    from pic_rag.compressor import Compressor
+
+    key = ("compressor", _text(name_or_path), *_given(loading))
+    return _share(key, lambda: Compressor.from_pretrained(name_or_path, **loading))
 
 
 def shared_generator(
+    checkpoint: Checkpoint,
     name_or_path: str | Path | None = None,
-    *,
-    reader: str | Path | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
+    **loading: Any,  # noqa: ANN401 - from_pretrained's arguments
 ) -> Generator:
-    """The process's generator of that name, reader, device and dtype; loaded by the first who asks. Thread safe.
+    """The process's generator that reads a compressor's memories; loaded by the first who asks. Thread safe.
 
     Args:
-        name_or_path: as for `Generator.from_pretrained`.
-        reader: likewise; a compressor's is `compressor.reader`.
-        device: likewise.
-        dtype: likewise.
+        checkpoint: the compressor's: `shared_checkpoint(name)`, or `compressor.checkpoint`.
+        name_or_path: where the generator is, when it is not where the checkpoint says.
+        **loading: as for `Generator.from_pretrained`.
+
+    Raises:
+        ValueError: when the model found there is another than the memories are made for.
     """
-    key = ("generator", _text(name_or_path), _text(reader), device, dtype)
-    return _share(key, lambda: Generator.from_pretrained(name_or_path, reader=reader, device=device, dtype=dtype))
+    key = ("generator", checkpoint.generator, checkpoint.reader, _text(name_or_path), *_given(loading))
+    return _share(key, lambda: load_generator(checkpoint, name_or_path, **loading))
+
+
+def load_generator(
+    checkpoint: Checkpoint,
+    name_or_path: str | Path | None = None,
+    **loading: Any,  # noqa: ANN401 - from_pretrained's arguments
+) -> Generator:
+    """As `shared_generator`, but a generator of the caller's own. Equal weights elsewhere go by the name it knows."""
+    from pic_rag.backbone import load_backbone
+    from pic_rag.generator import Generator
+
+    backbone = load_backbone(name_or_path or checkpoint.generator.name, **loading)
+    known, _, digest = checkpoint.generator.id.rpartition("@")
+    if backbone.ref.id.rpartition("@")[2] != digest.partition("+")[0]:
+        raise ValueError(
+            f"generator must be {checkpoint.generator.id!r}, which the compressor makes memories for, got "
+            f"{backbone.ref.id!r}. Name the folder or hub id where the right model is."
+        )
+    return Generator(backbone.model, backbone.tokenizer, name=known, reader=checkpoint.reader)
+
+
+def shared_store(folder: str | Path | None = None) -> SQLiteStore:
+    """The process's SQLite store in a folder; None: pic-rag's cache folder, where `PicRag` keeps memories as well."""
+    from pic_rag.embedded import cache_folder
+    from pic_rag.store import SQLiteStore
+
+    path = Path(folder or cache_folder()) / STORE_FILE
+    return _share(("store", str(path)), lambda: SQLiteStore(path))
 
 
 def unload_shared() -> None:
-    """Forget every shared model; one that nobody else holds is freed."""
+    """Forget all that is shared; a model that nobody else holds is freed."""
     with _guard:
-        _models.clear()
+        _values.clear()
 
 
-def _share(key: Hashable, load: Callable[[], Model]) -> Model:
+def _share(key: Hashable, make: Callable[[], T]) -> T:
     with _guard:
         lock = _locks.setdefault(key, threading.Lock())
     with lock:  # others may load other models meanwhile
-        if key not in _models:
-            _models[key] = load()
-        model: Model = _models[key]
-        return model
+        value: T | None = _values.get(key)
+        if value is None:
+            value = _values[key] = make()
+        return value
 
 
 def _text(name: str | Path | None) -> str | None:
     return None if name is None else str(name)
+
+
+def _given(loading: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What was set: None and leaving it out are the same."""
+    return sorted((name, value) for name, value in loading.items() if value is not None)

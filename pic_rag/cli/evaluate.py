@@ -11,7 +11,8 @@ from pic_rag.cli.options import Commands, add_command, add_model_options, load_c
 if TYPE_CHECKING:
     from pic_rag.evaluation.runner import Row
 
-_COLUMNS = "{:<12} {:>5} {:>6} {:>6} {:>6} {:>8} {:>9} {:>13} {:>8}"
+_COLUMNS = "| {:<11} | {:>5} | {:>5} | {:>5} | {:>8} | {:>9} | {:>13} | {:>11} | {:>7} |"  # a Markdown table
+_NAMES = ("system", "ratio", "F1", "EM", "contains", "agreement", "prompt tokens", "text tokens", "seconds")
 
 
 def add_parser(commands: Commands) -> None:
@@ -61,7 +62,8 @@ def run(args: argparse.Namespace) -> int:
         progress=progress(args),
     )
     report.save(args.json)
-    print(_COLUMNS.format("system", "ratio", "f1", "em", "holds", "agrees", "prompt", "text tokens", "seconds"))
+    print(_COLUMNS.format(*_NAMES))
+    print("|".join(["", " --- ", *[" ---: "] * (len(_NAMES) - 1), ""]))
     for row in report.rows:
         print(_line(row))
     return 0

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from langchain_pic_rag.chat import ChatPIC
 from langchain_pic_rag.compressor import PICCompressor
 from langchain_pic_rag.guard import HandleGuard, escape_input, reads_handles
-from langchain_pic_rag.models import unload_models
 from langchain_pic_rag.restoring import PICRestore, restore_documents
 from langchain_pic_rag.retriever import PassageRetriever, PICRetriever
 from langchain_pic_rag.store import PICByteStore
@@ -33,7 +32,6 @@ __all__ = [
     "escape_input",
     "reads_handles",
     "restore_documents",
-    "unload_models",
 ]
 
 

@@ -20,10 +20,10 @@ from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pic_rag import UnknownHandleError, escape_handles, find_handles
+from pic_rag.shared import shared_generator
 from pydantic import ConfigDict, Field, model_validator
 
 from langchain_pic_rag.guard import LLM_TYPE
-from langchain_pic_rag.models import load_generator
 from langchain_pic_rag.settings import ModelSettings
 from langchain_pic_rag.texts import content_handles, map_content
 from langchain_pic_rag.tools import format_calls, parse_calls, tool_instructions
@@ -64,6 +64,9 @@ class ChatPIC(ModelSettings, BaseChatModel):
 
     reads_handles: ClassVar[bool] = True
 
+    generator_name: str | None = None
+    """Where the generator is, when it is not where the compressor's checkpoint says."""
+
     generator: Generator | None = Field(default=None, exclude=True, repr=False)
     """A ready `pic_rag.Generator`, used instead of the one the compressor names."""
 
@@ -94,7 +97,7 @@ class ChatPIC(ModelSettings, BaseChatModel):
             if self.compressor is None:
                 self._require_pair(self.generator)
             return self.generator
-        return load_generator(self.loading, self.get_compressor())
+        return shared_generator(self.get_checkpoint(), self.generator_name, **self.loading)
 
     @property
     def _llm_type(self) -> str:
@@ -105,8 +108,7 @@ class ChatPIC(ModelSettings, BaseChatModel):
         """All that an answer depends on besides the prompt: the key of LangChain's LLM cache."""
         return {
             "model_name": self._name,
-            "compressor_fingerprint": self.get_compressor().fingerprint,
-            "compressor_dtype": self.get_compressor().dtype,
+            "compressor_fingerprint": self.get_checkpoint().fingerprint,
             "generator": self.get_generator().model_id,
             "generator_dtype": str(self.get_generator().model.dtype),
             "store": repr(self.get_store()),
@@ -280,7 +282,7 @@ class ChatPIC(ModelSettings, BaseChatModel):
         }
 
     def _require_pair(self, generator: Generator) -> None:
-        wanted = self.get_compressor().generator.id
+        wanted = self.get_checkpoint().generator.id
         if wanted != generator.model_id:
             raise ValueError(
                 f"generator must be {wanted!r}, which the compressor makes memories for, got {generator.model_id!r}. "

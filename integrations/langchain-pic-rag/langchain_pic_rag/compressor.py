@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+import pic_rag
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
@@ -16,12 +17,16 @@ from langchain_core.runnables.config import (
     get_callback_manager_for_config,
 )
 from pic_rag import UnknownHandleError, escape_handles
+from pic_rag.shared import shared_compressor
 from pydantic import Field, model_validator
 
 from langchain_pic_rag.guard import reads_handles
 from langchain_pic_rag.metadata import with_memory
 from langchain_pic_rag.restoring import restore_document
 from langchain_pic_rag.settings import ModelSettings
+
+if TYPE_CHECKING:
+    from pic_rag import Compressor, MemoryCache
 
 
 class CompressionSettings(ModelSettings):
@@ -33,8 +38,22 @@ class CompressionSettings(ModelSettings):
     batch_size: int | None = Field(default=None, ge=1)
     """Encoder rows computed at once."""
 
+    at_rest: Literal["bf16", "int8", "int4"] = "bf16"
+    """How memories are written to the store: "int8" and "int4" take a half and a quarter of the space."""
+
     keep_source: bool = True
     """Keep each text in `metadata["pic_source_text"]` and, by handle, in the store, so that it can be restored."""
+
+    def get_compressor(self) -> Compressor:
+        """The compressor, loaded at the first call of any component with the same settings."""
+        return shared_compressor(self.model_name, **self.loading) if self.compressor is None else self.compressor
+
+    def get_memory_cache(self) -> MemoryCache:
+        """The memories of this compressor in this namespace, written as `at_rest` says."""
+        fingerprint = self.get_checkpoint().fingerprint
+        return pic_rag.MemoryCache(
+            self.get_store(), fingerprint, namespace=self.namespace, at_rest=self.at_rest
+        )
 
     def compress_originals(self, documents: Sequence[Document]) -> Compressed:
         """Documents with their text in, the same with handles out: memories from the store, or made now."""

@@ -11,9 +11,9 @@ from langchain_core.messages import BaseMessage
 from langchain_core.prompt_values import ChatPromptValue, PromptValue, StringPromptValue
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 from pic_rag import MemoryStore, UnknownHandleError
+from pic_rag.shared import shared_store
 
 from langchain_pic_rag.metadata import SOURCE_TEXT, holds_handle, without_memory
-from langchain_pic_rag.models import default_store
 from langchain_pic_rag.settings import StoreSettings
 from langchain_pic_rag.sources import SourceTexts
 from langchain_pic_rag.texts import content_handles, map_content
@@ -35,7 +35,7 @@ def restore_documents(
     Raises:
         UnknownHandleError: a document's text is in neither place.
     """
-    sources = SourceTexts(store if store is not None else default_store(None), namespace)
+    sources = SourceTexts(store if store is not None else shared_store(), namespace)
     return [restore_document(document, sources) for document in documents]
 
 

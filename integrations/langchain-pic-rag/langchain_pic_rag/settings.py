@@ -1,6 +1,6 @@
-"""The settings that all components share, and what they lead to: a compressor, a cache, source texts.
+"""The settings that all components share, and what they lead to: a checkpoint, a cache, source texts.
 
-Constructing a component reads no file. Models are loaded on first use and shared by equal settings (`models`).
+Constructing a component reads no file. What equal settings lead to is shared in the process (`pic_rag.shared`).
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pic_rag
 from pic_rag import MemoryStore
+from pic_rag.shared import shared_checkpoint, shared_store
 from pydantic import BaseModel, ConfigDict, Field
 
-from langchain_pic_rag.models import Loading, default_store, load_compressor
 from langchain_pic_rag.sources import SourceTexts
 
 if TYPE_CHECKING:
-    from pic_rag import Compressor, MemoryCache
+    from pic_rag import Checkpoint, Compressor, MemoryCache
 else:
     Compressor = Any  # pydantic reads annotations at import, when torch must not be loaded yet
 
@@ -36,7 +36,7 @@ class StoreSettings(BaseModel):
 
     def get_store(self) -> MemoryStore:
         """The store in use."""
-        return self.store if self.store is not None else default_store(self.cache_folder)
+        return self.store if self.store is not None else shared_store(self.cache_folder)
 
     @property
     def sources(self) -> SourceTexts:
@@ -50,9 +50,6 @@ class ModelSettings(StoreSettings):
     model_name: str | None = Field(default=None, alias="model")
     """Folder or hub id of a trained compressor, which names its generator; None: the one shipped with pic-rag."""
 
-    generator_name: str | None = None
-    """Where the generator is, when it is not where the compressor's checkpoint says."""
-
     device: str | None = None
     """As torch names it; None picks cuda, mps or cpu."""
 
@@ -60,20 +57,20 @@ class ModelSettings(StoreSettings):
     """Such as "bfloat16"; None picks what the device is fast at."""
 
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of `from_pretrained`, such as `attn_implementation`."""
+    """Further arguments of the model's `from_pretrained`, such as `attn_implementation`."""
 
     compressor: Compressor | None = Field(default=None, exclude=True, repr=False)
     """A ready `pic_rag.Compressor`, used instead of the one `model_name` names."""
 
     @property
-    def loading(self) -> Loading:
-        """The settings that decide which models are loaded."""
-        return Loading.of(self.model_name, self.generator_name, self.device, self.dtype, self.model_kwargs)
+    def loading(self) -> dict[str, Any]:
+        """How a model is loaded."""
+        return {"device": self.device, "dtype": self.dtype, **self.model_kwargs}
 
-    def get_compressor(self) -> Compressor:
-        """The compressor, loaded at the first call of any component with the same settings."""
-        return self.compressor if self.compressor is not None else load_compressor(self.loading)
+    def get_checkpoint(self) -> Checkpoint:
+        """What the compressor is on disk: it tells whose memories these are, and no model is loaded for it."""
+        return shared_checkpoint(self.model_name) if self.compressor is None else self.compressor.checkpoint
 
     def get_memory_cache(self) -> MemoryCache:
         """The memories of this compressor in this namespace."""
-        return pic_rag.MemoryCache(self.get_store(), self.get_compressor().fingerprint, namespace=self.namespace)
+        return pic_rag.MemoryCache(self.get_store(), self.get_checkpoint().fingerprint, namespace=self.namespace)
