@@ -32,8 +32,10 @@ _ROOMS = {
     "find_handles": "handles",
     "load_documents": "documents",
     "restore": "assembler",
+    "shared_checkpoint": "shared",
     "shared_compressor": "shared",
     "shared_generator": "shared",
+    "shared_store": "shared",
     "unescape_handles": "handles",
     "unload_shared": "shared",
 }
@@ -60,8 +62,10 @@ __all__ = [
     "find_handles",
     "load_documents",
     "restore",
+    "shared_checkpoint",
     "shared_compressor",
     "shared_generator",
+    "shared_store",
     "unescape_handles",
     "unload_shared",
 ]
@@ -78,7 +82,7 @@ if TYPE_CHECKING:
     from pic_rag.memory import Memory, MemoryFormatError
     from pic_rag.rag import PicRag
     from pic_rag.retriever import Retriever
-    from pic_rag.shared import shared_compressor, shared_generator, unload_shared
+    from pic_rag.shared import shared_checkpoint, shared_compressor, shared_generator, shared_store, unload_shared
     from pic_rag.store import MemoryCache, MemoryStore, ShardStore, SQLiteStore, StoreError
 
 

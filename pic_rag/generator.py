@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,6 +24,9 @@ from pic_rag.engine import Engine
 from pic_rag.memory import Memory
 from pic_rag.reader import Reader
 from pic_rag.sampling import Sampling
+
+if TYPE_CHECKING:
+    from pic_rag.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,33 @@ class Generator:
         """
         backbone = load_backbone(name_or_path, device=device, dtype=dtype, attn_implementation=attn_implementation)
         return cls(backbone.model, backbone.tokenizer, name=backbone.name, reader=reader)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        name_or_path: str | Path | None = None,
+        **loading: Any,  # noqa: ANN401 - from_pretrained's arguments
+    ) -> Generator:
+        """Load the generator that reads a compressor's memories, with its reader.
+
+        Args:
+            checkpoint: `compressor.checkpoint`, or `Checkpoint.load(name)`.
+            name_or_path: where the generator is, when it is not where the checkpoint says; equal weights go by the
+                name that the checkpoint knows.
+            **loading: `device`, `dtype`, `attn_implementation`, as for `from_pretrained`.
+
+        Raises:
+            ValueError: when the model found there is another than the memories are made for.
+        """
+        backbone = load_backbone(name_or_path or checkpoint.generator.name, **loading)
+        known, _, digest = checkpoint.generator.id.rpartition("@")
+        if backbone.ref.id.rpartition("@")[2] != digest.partition("+")[0]:
+            raise ValueError(
+                f"generator must be {checkpoint.generator.id!r}, which the compressor makes memories for, got "
+                f"{backbone.ref.id!r}. Name the folder or hub id where the right model is."
+            )
+        return cls(backbone.model, backbone.tokenizer, name=known, reader=checkpoint.reader)
 
     @property
     def hidden(self) -> int:

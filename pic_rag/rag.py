@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 import torch
 
 from pic_rag import embedded
-from pic_rag.backbone import load_backbone
 from pic_rag.compressor import Compressor
 from pic_rag.documents import Document, DocumentError, load_documents
 from pic_rag.generator import Generator
@@ -21,10 +20,9 @@ from pic_rag.handles import escape_handles
 from pic_rag.memory import Memory
 from pic_rag.prompts import rag_messages
 from pic_rag.retriever import Hit, Retriever
-from pic_rag.store import MemoryCache, MemoryStore, SQLiteStore
+from pic_rag.store import STORE_FILE, MemoryCache, MemoryStore, SQLiteStore
 
 Mode = Literal["pic", "text", "none", "truncate"]
-STORE_FILE = "memories.sqlite"
 SETTINGS_FILE = "pic_rag.json"
 
 
@@ -141,7 +139,7 @@ class PicRag:
             dtype: None picks the device's fast one.
         """
         loaded = Compressor.from_pretrained(compressor, base_model=generator, device=device, dtype=dtype)
-        reading = _load_generator(loaded, generator, device=device, dtype=dtype)
+        reading = Generator.from_checkpoint(loaded.checkpoint, generator, device=device, dtype=dtype)
         return cls(Retriever(embedder), loaded, reading, store=store, namespace=namespace)
 
     @classmethod
@@ -313,16 +311,6 @@ class PicRag:
 
     def _token_ids(self, text: str) -> list[int]:
         return list(self.generator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-
-
-def _load_generator(compressor: Compressor, where: str | Path | None, **loading: Any) -> Generator:  # noqa: ANN401
-    """The compressor's generator, with its reader; equal weights elsewhere go by the name it knows."""
-    backbone = load_backbone(where or compressor.generator.name, **loading)
-    known, _, digest = compressor.generator.id.rpartition("@")
-    same = backbone.ref.id.rpartition("@")[2] == digest.partition("+")[0]
-    return Generator(
-        backbone.model, backbone.tokenizer, name=known if same else backbone.name, reader=compressor.reader
-    )
 
 
 class _Watch:

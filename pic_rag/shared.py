@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from pic_rag.generator import Generator
     from pic_rag.store import SQLiteStore
 
-STORE_FILE = "memories.sqlite"
-
 T = TypeVar("T")
 
 _values: dict[Hashable, Any] = {}
@@ -68,33 +66,16 @@ def shared_generator(
     Raises:
         ValueError: when the model found there is another than the memories are made for.
     """
-    key = ("generator", checkpoint.generator, checkpoint.reader, _text(name_or_path), *_given(loading))
-    return _share(key, lambda: load_generator(checkpoint, name_or_path, **loading))
-
-
-def load_generator(
-    checkpoint: Checkpoint,
-    name_or_path: str | Path | None = None,
-    **loading: Any,  # noqa: ANN401 - from_pretrained's arguments
-) -> Generator:
-    """As `shared_generator`, but a generator of the caller's own. Equal weights elsewhere go by the name it knows."""
-    from pic_rag.backbone import load_backbone
     from pic_rag.generator import Generator
 
-    backbone = load_backbone(name_or_path or checkpoint.generator.name, **loading)
-    known, _, digest = checkpoint.generator.id.rpartition("@")
-    if backbone.ref.id.rpartition("@")[2] != digest.partition("+")[0]:
-        raise ValueError(
-            f"generator must be {checkpoint.generator.id!r}, which the compressor makes memories for, got "
-            f"{backbone.ref.id!r}. Name the folder or hub id where the right model is."
-        )
-    return Generator(backbone.model, backbone.tokenizer, name=known, reader=checkpoint.reader)
+    key = ("generator", checkpoint.generator, checkpoint.reader, _text(name_or_path), *_given(loading))
+    return _share(key, lambda: Generator.from_checkpoint(checkpoint, name_or_path, **loading))
 
 
 def shared_store(folder: str | Path | None = None) -> SQLiteStore:
     """The process's SQLite store in a folder; None: pic-rag's cache folder, where `PicRag` keeps memories as well."""
     from pic_rag.embedded import cache_folder
-    from pic_rag.store import SQLiteStore
+    from pic_rag.store import STORE_FILE, SQLiteStore
 
     path = Path(folder or cache_folder()) / STORE_FILE
     return _share(("store", str(path)), lambda: SQLiteStore(path))

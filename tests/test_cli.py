@@ -379,7 +379,14 @@ def test_eval_scores_systems_and_writes_the_report(options, tmp_path, capsys) ->
     }  # fmt: skip
     assert {"config", "versions"} < set(report)
     table = capsys.readouterr().out.splitlines()
-    assert [row.split()[0] for row in table] == ["system", "pic", "pic", "text", "none"]
+    assert [row[: row.index(" |")].rstrip() for row in table] == [
+        "| system",
+        "| ---",
+        "| pic",
+        "| pic",
+        "| text",
+        "| none",
+    ]
 
 
 def test_eval_refuses_a_system_it_does_not_know(options, tmp_path, capsys) -> None:

@@ -12,8 +12,8 @@ from conftest import make_tiny_model
 
 from pic_rag.compressor import Compressor
 from pic_rag.config import PicConfig
+from pic_rag.generator import Generator
 from pic_rag.shared import (
-    load_generator,
     shared_checkpoint,
     shared_compressor,
     shared_generator,
@@ -111,11 +111,11 @@ def test_a_generator_that_has_moved_reads_the_same_memories_and_another_model_is
     checkpoint = shared_checkpoint(folder)
     moved, other = tmp_path / "moved", tmp_path / "other"
     moved.symlink_to(base)
-    assert load_generator(checkpoint, moved, **LOADING).model_id == checkpoint.generator.id
+    assert Generator.from_checkpoint(checkpoint, moved, **LOADING).model_id == checkpoint.generator.id
     make_tiny_model(tiny_tokenizer, layers=1).save_pretrained(other)
     tiny_tokenizer.save_pretrained(other)
     with pytest.raises(ValueError, match="generator must be 'tiny@.*got 'other@"):
-        load_generator(checkpoint, other, **LOADING)
+        Generator.from_checkpoint(checkpoint, other, **LOADING)
 
 
 def test_there_is_one_store_a_folder_and_the_cache_folder_is_the_default(tmp_path, monkeypatch):

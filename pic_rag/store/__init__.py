@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from pic_rag.store.shards import ShardStore
     from pic_rag.store.sqlite import SQLiteStore
 
-__all__ = ["MemoryCache", "MemoryStore", "SQLiteStore", "ShardStore", "StoreError"]
+STORE_FILE = "memories.sqlite"
+"""Name of the default store, in the cache folder or in an index."""
+
+__all__ = ["STORE_FILE", "MemoryCache", "MemoryStore", "SQLiteStore", "ShardStore", "StoreError"]
 
 _HOMES = {
     "MemoryCache": "cache",

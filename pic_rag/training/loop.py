@@ -208,7 +208,7 @@ class Trainer:
         generator = self.base
         if isinstance(self.generator, PeftModel):
             reader = folder / READER_FOLDER
-            _save_reader(self.generator, reader)
+            _save_reader(self.generator, reader, self.base.name)
             generator = ModelRef(self.base.name, reader_id(self.base.id, reader))
         weights = {
             name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in self.encoder.trained_state().items()
@@ -251,7 +251,8 @@ def _prepare_generator(model: PreTrainedModel, config: TrainConfig) -> PreTraine
     return get_peft_model(model, lora)
 
 
-def _save_reader(generator: PeftModel, folder: Path) -> None:
+def _save_reader(generator: PeftModel, folder: Path, base: str) -> None:
+    generator.peft_config["default"].base_model_name_or_path = base  # else a path of this machine
     generator.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; the compressor's speaks for both
 

@@ -44,6 +44,6 @@ def __getattr__(name: str) -> Any:
         if (error.name or "").split(".")[0] not in ("langchain", "langgraph"):
             raise
         raise ImportError(
-            "PICMiddleware needs the package langchain 1.x. Install it with: pip install 'langchain-pic-rag[agents]'"
+            "PICMiddleware needs the package langchain 1.x. Install it with: pip install 'langchain>=1,<2'"
         ) from error
     return PICMiddleware

@@ -19,14 +19,13 @@ from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResu
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
-from pic_rag import UnknownHandleError, escape_handles, find_handles
-from pic_rag.shared import shared_generator
 from pydantic import ConfigDict, Field, model_validator
 
 from langchain_pic_rag.guard import LLM_TYPE
 from langchain_pic_rag.settings import ModelSettings
 from langchain_pic_rag.texts import content_handles, map_content
 from langchain_pic_rag.tools import format_calls, parse_calls, tool_instructions
+from pic_rag import UnknownHandleError, escape_handles, find_handles, shared_generator
 
 if TYPE_CHECKING:
     import builtins

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import pic_rag
 from langchain_core.callbacks import Callbacks
 from langchain_core.documents import BaseDocumentCompressor, Document
 from langchain_core.runnables import Runnable, RunnableConfig, RunnableLambda
@@ -16,14 +15,14 @@ from langchain_core.runnables.config import (
     get_async_callback_manager_for_config,
     get_callback_manager_for_config,
 )
-from pic_rag import UnknownHandleError, escape_handles
-from pic_rag.shared import shared_compressor
 from pydantic import Field, model_validator
 
+import pic_rag
 from langchain_pic_rag.guard import reads_handles
 from langchain_pic_rag.metadata import with_memory
 from langchain_pic_rag.restoring import restore_document
 from langchain_pic_rag.settings import ModelSettings
+from pic_rag import UnknownHandleError, escape_handles, shared_compressor
 
 if TYPE_CHECKING:
     from pic_rag import Compressor, MemoryCache
@@ -50,10 +49,8 @@ class CompressionSettings(ModelSettings):
 
     def get_memory_cache(self) -> MemoryCache:
         """The memories of this compressor in this namespace, written as `at_rest` says."""
-        fingerprint = self.get_checkpoint().fingerprint
-        return pic_rag.MemoryCache(
-            self.get_store(), fingerprint, namespace=self.namespace, at_rest=self.at_rest
-        )
+        fingerprint = self.get_compressor().fingerprint
+        return pic_rag.MemoryCache(self.get_store(), fingerprint, namespace=self.namespace, at_rest=self.at_rest)
 
     def compress_originals(self, documents: Sequence[Document]) -> Compressed:
         """Documents with their text in, the same with handles out: memories from the store, or made now."""

@@ -10,9 +10,9 @@ from langchain_core.messages import BaseMessage
 from langchain_core.prompt_values import ChatPromptValue, PromptValue, StringPromptValue
 from langchain_core.runnables import Runnable, RunnableLambda, RunnableSequence, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
-from pic_rag import escape_handles, find_handles
 
 from langchain_pic_rag.texts import content_handles, map_content
+from pic_rag import escape_handles, find_handles
 
 LLM_TYPE = "chat-pic-rag"
 """`ChatPIC._llm_type`: how a callback knows the model."""

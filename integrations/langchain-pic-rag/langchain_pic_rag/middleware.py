@@ -9,12 +9,12 @@ from typing import Any, Literal
 from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
 from langchain_core.documents import Document
 from langchain_core.messages import AnyMessage, ToolMessage
-from pic_rag import escape_handles
 
 from langchain_pic_rag.compressor import PICCompressor
 from langchain_pic_rag.guard import reads_handles
 from langchain_pic_rag.restoring import PICRestore
 from langchain_pic_rag.texts import map_content
+from pic_rag import escape_handles
 
 
 class PICMiddleware(AgentMiddleware):

@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
-import pic_rag
 from langchain_core.documents import Document
 from langchain_core.messages import BaseMessage
 from langchain_core.prompt_values import ChatPromptValue, PromptValue, StringPromptValue
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
-from pic_rag import MemoryStore, UnknownHandleError
-from pic_rag.shared import shared_store
 
+import pic_rag
 from langchain_pic_rag.metadata import SOURCE_TEXT, holds_handle, without_memory
 from langchain_pic_rag.settings import StoreSettings
 from langchain_pic_rag.sources import SourceTexts
 from langchain_pic_rag.texts import content_handles, map_content
+from pic_rag import MemoryStore, UnknownHandleError, shared_store
 
 
 def restore_documents(

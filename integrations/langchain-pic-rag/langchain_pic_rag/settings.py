@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import pic_rag
-from pic_rag import MemoryStore
-from pic_rag.shared import shared_checkpoint, shared_store
 from pydantic import BaseModel, ConfigDict, Field
 
+import pic_rag
 from langchain_pic_rag.sources import SourceTexts
+from pic_rag import MemoryStore, shared_checkpoint, shared_store
 
 if TYPE_CHECKING:
     from pic_rag import Checkpoint, Compressor, MemoryCache

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 
 from langchain_core.stores import ByteStore
+
 from pic_rag import MemoryStore, SQLiteStore
 
 

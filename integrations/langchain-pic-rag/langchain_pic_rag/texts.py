@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from langchain_core.messages import BaseMessage
+
 from pic_rag import find_handles
 
 Content = str | list[str | dict[str, Any]]

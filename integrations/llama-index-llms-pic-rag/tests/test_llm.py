@@ -12,10 +12,10 @@ import pytest
 from llama_index.core.base.llms.types import ChatMessage, ImageBlock, MessageRole
 from llama_index.core.callbacks import CallbackManager, TokenCountingHandler
 from llama_index.core.prompts import PromptTemplate
-from pic_rag import UnknownHandleError, escape_handles
-
 from llama_index.llms.pic_rag import PICLLM
 from llama_index.llms.pic_rag.streams import iterate_in_thread
+
+from pic_rag import Compressor, MemoryCache, UnknownHandleError, escape_handles
 
 ABSENT = "[[pic:" + "0" * 32 + "]]"
 
@@ -38,18 +38,36 @@ def test_a_model_that_is_not_there_is_an_error_at_first_use():
         PICLLM(model_name="/no/such/folder").complete("hello")
 
 
-def test_two_llms_with_the_same_settings_share_their_models(checkpoint):
-    first, second = PICLLM(model_name=checkpoint, dtype="float32"), PICLLM(model_name=checkpoint, dtype="float32")
-    assert first.load_generator() is second.load_generator()
-    assert first.load_compressor() is second.load_compressor()
+def test_two_llms_with_the_same_settings_share_their_models(checkpoints):
+    first, second = (
+        PICLLM(model_name=checkpoints[0], dtype="float32"),
+        PICLLM(model_name=checkpoints[0], dtype="float32"),
+    )
+    assert first.get_generator() is second.get_generator()
+    assert first.get_checkpoint() is second.get_checkpoint()
     assert first.complete("a", max_new_tokens=2).text == second.complete("a", max_new_tokens=2).text
 
 
-def test_model_kwargs_reach_the_model_which_is_then_loaded_once_for_this_llm(checkpoint):
-    own = PICLLM(model_name=checkpoint, dtype="float32", model_kwargs={"attn_implementation": "eager"})
-    assert own.load_generator().model.config._attn_implementation == "eager"
-    assert own.load_generator() is own.load_generator()
-    assert own.load_generator() is not PICLLM(model_name=checkpoint, dtype="float32").load_generator()
+def test_an_llm_that_only_reads_memories_loads_no_compressor(checkpoints, store, texts, monkeypatch):
+    compressor = Compressor.from_pretrained(checkpoints[0], dtype="float32")
+    [memory] = compressor.compress(texts[:1])
+    MemoryCache(store, compressor.fingerprint).put([memory])
+    monkeypatch.setattr(Compressor, "__init__", lambda *_, **__: pytest.fail("loaded a compressor"))
+    llm = PICLLM(model_name=checkpoints[0], dtype="float32", store=store, max_new_tokens=2)
+    assert llm.complete(memory.handle).raw["usage"]["memory_tokens"] == memory.memory_tokens
+
+
+def test_a_ready_compressor_counts_for_more_than_the_name(tiny_compressor):
+    assert PICLLM(model_name="/no/such/folder", compressor=tiny_compressor).get_checkpoint().fingerprint == (
+        tiny_compressor.fingerprint
+    )
+
+
+def test_model_kwargs_reach_the_model_which_all_with_the_same_ones_share(checkpoints):
+    own = PICLLM(model_name=checkpoints[0], dtype="float32", model_kwargs={"attn_implementation": "eager"})
+    assert own.get_generator().model.config._attn_implementation == "eager"
+    assert own.get_generator() is own.model_copy().get_generator()
+    assert own.get_generator() is not PICLLM(model_name=checkpoints[0], dtype="float32").get_generator()
 
 
 def test_a_handle_is_read_as_its_memory_tokens(llm, memory):

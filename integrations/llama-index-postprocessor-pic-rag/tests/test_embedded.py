@@ -21,10 +21,10 @@ from llama_index.core.query_engine import CitationQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.core.schema import MetadataMode
 from llama_index.llms.pic_rag import PICLLM
+from llama_index.postprocessor.pic_rag import PICCompressor, PICTransform, restore_nodes
+
 from pic_rag import Compressor, Generator, SQLiteStore, find_handles
 from pic_rag.embedded import EmbeddedModelError, retriever_path
-
-from llama_index.postprocessor.pic_rag import PICCompressor, PICTransform, restore_nodes
 
 pytestmark = pytest.mark.embedded
 
@@ -49,7 +49,11 @@ DOCUMENTS = [
     ),
 ]
 QUESTION = "Who built the lighthouse of Amsel?"
-LLM_MODES = [mode for mode in ResponseMode if mode not in (ResponseMode.NO_TEXT, ResponseMode.CONTEXT_ONLY)]
+LLM_MODES = [
+    pytest.param(mode, marks=() if mode is ResponseMode.COMPACT else pytest.mark.slow)
+    for mode in ResponseMode
+    if mode not in (ResponseMode.NO_TEXT, ResponseMode.CONTEXT_ONLY)
+]
 
 
 class MiniLM(BaseEmbedding):
@@ -136,6 +140,7 @@ def test_the_prompt_shrinks_by_the_ratio(real_index, real_postprocessor, real_ll
     assert real_llm.complete(prompt).raw["usage"]["memory_tokens"] == memory_tokens
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["context", "condense_question", "condense_plus_context"])
 def test_chat_engines_answer_two_turns(real_index, real_postprocessor, real_llm, mode):
     engine = real_index.as_chat_engine(chat_mode=mode, llm=real_llm, node_postprocessors=[real_postprocessor])
@@ -144,6 +149,7 @@ def test_chat_engines_answer_two_turns(real_index, real_postprocessor, real_llm,
     assert len(engine.chat_history) == 4
 
 
+@pytest.mark.slow
 def test_the_citation_engine_numbers_sources_that_are_text(real_index, real_compressor, real_store, real_llm):
     numbered = PICCompressor(compressor=real_compressor, store=real_store, label="Source {number}:")
     engine = CitationQueryEngine.from_args(real_index, llm=real_llm, node_postprocessors=[numbered], similarity_top_k=2)
@@ -153,6 +159,7 @@ def test_the_citation_engine_numbers_sources_that_are_text(real_index, real_comp
     assert response.source_nodes[0].text.startswith("Source 1:")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evaluator", [FaithfulnessEvaluator, RelevancyEvaluator])
 def test_an_evaluator_reads_the_source_text(real_index, real_postprocessor, real_llm, evaluator):
     response = real_index.as_query_engine(llm=real_llm, node_postprocessors=[real_postprocessor]).query(QUESTION)
@@ -161,6 +168,7 @@ def test_an_evaluator_reads_the_source_text(real_index, real_postprocessor, real
     assert "Ida Brandt" in verdict.contexts[0]
 
 
+@pytest.mark.slow
 def test_streaming_gives_the_whole_answer_in_pieces(real_index, real_postprocessor, real_llm):
     whole = str(real_index.as_query_engine(llm=real_llm, node_postprocessors=[real_postprocessor]).query(QUESTION))
     engine = real_index.as_query_engine(llm=real_llm, node_postprocessors=[real_postprocessor], streaming=True)
@@ -169,6 +177,7 @@ def test_streaming_gives_the_whole_answer_in_pieces(real_index, real_postprocess
     assert "".join(pieces) == whole
 
 
+@pytest.mark.slow
 def test_thirty_two_concurrent_queries_answer_as_one_by_one(real_index, real_postprocessor, real_llm):
     brief = real_llm.model_copy(update={"max_new_tokens": 4})
     engine = real_index.as_query_engine(llm=brief, node_postprocessors=[real_postprocessor], similarity_top_k=1)
@@ -185,6 +194,7 @@ def test_thirty_two_concurrent_queries_answer_as_one_by_one(real_index, real_pos
     assert asyncio.run(all_at_once()) == expected
 
 
+@pytest.mark.slow
 def test_an_async_answer_leaves_the_event_loop_free(real_index, real_postprocessor, real_llm):
     engine = real_index.as_query_engine(llm=real_llm, node_postprocessors=[real_postprocessor])
     engine.query(QUESTION)  # loads
@@ -205,6 +215,7 @@ def test_an_async_answer_leaves_the_event_loop_free(real_index, real_postprocess
     assert pause < (time.perf_counter() - begin) / 2
 
 
+@pytest.mark.slow
 def test_an_index_on_disk_answers_without_compressing_again(
     real_compressor, real_store, real_postprocessor, real_llm, tmp_path, monkeypatch
 ):

@@ -12,9 +12,9 @@ from llama_index.core.llms import MockLLM
 from llama_index.core.query_engine import CitationQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.llms.pic_rag import PICLLM
-from pic_rag import find_handles
-
 from llama_index.postprocessor.pic_rag import PICCompressor
+
+from pic_rag import find_handles
 
 WITHOUT_CONTEXT = {ResponseMode.GENERATION, ResponseMode.NO_TEXT, ResponseMode.CONTEXT_ONLY}
 

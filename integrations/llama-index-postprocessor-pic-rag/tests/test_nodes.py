@@ -13,9 +13,9 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
-from pic_rag import escape_handles, find_handles
-
 from llama_index.postprocessor.pic_rag import PICCompressEndEvent, PICCompressor, restore_nodes
+
+from pic_rag import escape_handles, find_handles
 
 
 def shown(node: NodeWithScore) -> str:
@@ -145,9 +145,9 @@ def test_another_ratio_makes_other_memories(tiny_compressor, store, nodes):
 
 def test_two_compressors_with_the_same_settings_share_the_model(checkpoints):
     one, two = (PICCompressor(model_name=checkpoints[0], dtype="float32") for _ in range(2))
-    assert one.load_compressor() is two.load_compressor()
+    assert one.get_compressor() is two.get_compressor()
     own = PICCompressor(model_name=checkpoints[0], dtype="float32", model_kwargs={"attn_implementation": "eager"})
-    assert own.load_compressor() is own.load_compressor() is not one.load_compressor()
+    assert own.get_compressor() is own.model_copy().get_compressor() is not one.get_compressor()
 
 
 def test_the_cache_folder_holds_the_default_store(tiny_compressor, nodes, tmp_path):

@@ -11,9 +11,9 @@ from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.ingestion.pipeline import get_transformation_hash
 from llama_index.core.node_parser import SentenceSplitter
 from llama_index.core.schema import Document, MetadataMode, NodeWithScore, TextNode
-from pic_rag import Compressor, MemoryCache, find_handles
-
 from llama_index.postprocessor.pic_rag import PICTransform, restore_nodes
+
+from pic_rag import Compressor, MemoryCache, find_handles
 
 DOCUMENT = Document(text="The lighthouse was built in 1887. " * 8, metadata={"title": "Amsel"})
 

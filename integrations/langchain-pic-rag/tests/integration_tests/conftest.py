@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 
 import pytest
-
 from langchain_pic_rag import ChatPIC, PICCompressor
 
 COMPRESSOR = os.environ.get("PIC_RAG_TEST_COMPRESSOR")

@@ -8,7 +8,6 @@ import pytest
 from langchain_core.documents import Document
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
-
 from langchain_pic_rag import PassageRetriever, PICRetriever
 
 pytestmark = pytest.mark.embedded
@@ -55,12 +54,7 @@ def test_two_lines_change_and_the_prompt_shrinks_by_the_ratio(passages, embedded
         assert sources == [document.metadata["source"] for document in passages.invoke(question)]
 
 
-def test_compressor_and_chat_model_share_what_they_load(embedded_chat, embedded_compressor):
-    assert embedded_chat.get_compressor() is embedded_compressor.get_compressor()
-    assert embedded_chat.get_store() is embedded_compressor.get_store()
-    assert embedded_chat.model_copy().get_generator() is embedded_chat.get_generator()
-
-
+@pytest.mark.slow
 def test_questions_asked_at_once_are_answered_as_one_by_one(passages, embedded_chat, embedded_compressor):
     retriever = PICRetriever(base_retriever=passages, base_compressor=embedded_compressor)
     chain = make_chain(retriever, embedded_chat.bind(max_tokens=6))

@@ -6,11 +6,10 @@ import os
 
 import pytest
 from langchain_core.documents import Document
+from langchain_pic_rag import ChatPIC, PassageRetriever, PICRetriever
 from langchain_tests.integration_tests import ChatModelIntegrationTests, RetrieversIntegrationTests
 
-from langchain_pic_rag import ChatPIC, PassageRetriever, PICRetriever
-
-pytestmark = pytest.mark.embedded
+pytestmark = [pytest.mark.embedded, pytest.mark.slow]
 
 
 class TestChatPIC(ChatModelIntegrationTests):

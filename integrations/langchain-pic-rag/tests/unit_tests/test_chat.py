@@ -14,10 +14,10 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 from langchain_core.tools import create_retriever_tool, tool
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
-from pic_rag import Generator, UnknownHandleError
-
 from langchain_pic_rag import ChatPIC, PICRetriever, escape_input
 from langchain_pic_rag.tools import format_calls, parse_calls
+
+from pic_rag import Generator, UnknownHandleError
 
 PROMPT = ChatPromptTemplate.from_messages([("system", "Use this:\n{context}"), ("human", "{input}")])
 

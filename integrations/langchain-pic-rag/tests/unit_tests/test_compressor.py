@@ -15,9 +15,6 @@ from langchain_core.language_models import FakeListChatModel
 from langchain_core.load import dumpd, load
 from langchain_core.stores import InMemoryByteStore
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
-from langchain_text_splitters import CharacterTextSplitter
-from pic_rag import UnknownHandleError, find_handles
-
 from langchain_pic_rag import (
     PICByteStore,
     PICCompressor,
@@ -26,6 +23,9 @@ from langchain_pic_rag import (
     PICRetriever,
     restore_documents,
 )
+from langchain_text_splitters import CharacterTextSplitter
+
+from pic_rag import UnknownHandleError, find_handles
 
 
 def test_ids_order_and_metadata_survive_and_the_content_is_one_handle(compressor, documents):
@@ -150,6 +150,14 @@ def test_any_byte_store_of_langchain_keeps_the_memories(compressor, chat, docume
     assert len(list(other.yield_keys(prefix="default/"))) == 2 * len(documents)  # a memory and a text each
     assert chat.model_copy(update={"store": other}).invoke(compressed[0].page_content)
     assert list(compressor.store.yield_keys()) == []
+
+
+def test_at_rest_decides_the_bytes_in_the_store(compressor, documents):
+    def stored_bytes(**settings):
+        compressor.model_copy(update=settings).compress_documents(documents, "q")
+        return sum(map(len, compressor.store.mget(list(compressor.store.yield_keys(prefix=settings["namespace"])))))
+
+    assert stored_bytes(namespace="small", at_rest="int4") < stored_bytes(namespace="whole")
 
 
 def test_the_trace_shows_how_many_tokens_were_saved_and_whose_child_the_run_is(compressor, documents, base_retriever):

@@ -5,15 +5,14 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
-import threading
 
 import pytest
 from langchain_core.language_models import FakeListChatModel, FakeListLLM
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnableLambda
-from pic_rag import Compressor
+from langchain_pic_rag import ChatPIC, HandleGuard, PICCompressor, PICDocumentTransformer, PICRestore, reads_handles
 
-from langchain_pic_rag import ChatPIC, HandleGuard, PICCompressor, PICRestore, reads_handles, unload_models
+from pic_rag import Compressor, unload_shared
 
 PLAIN = FakeListChatModel(responses=["yes"])
 
@@ -52,25 +51,29 @@ def test_the_guard_stops_handles_before_any_other_llm_and_lets_all_else_pass(com
     assert chat.invoke(handle, config).content == chat.invoke(handle).content
 
 
-def test_equal_settings_share_one_compressor_however_many_threads_ask_first(monkeypatch, tiny_compressor):
-    loads = []
+def test_equal_settings_share_what_they_load(checkpoints, tmp_path):
+    settings = {"model_name": checkpoints[0], "dtype": "float32", "cache_folder": str(tmp_path)}
+    compressor, chat = PICCompressor(**settings), ChatPIC(**settings)
+    assert compressor.get_compressor() is PICDocumentTransformer(**settings, ratio=8).get_compressor()
+    assert chat.get_generator() is ChatPIC(**settings, namespace="other").get_generator()
+    assert chat.get_checkpoint() is compressor.get_checkpoint()
+    assert chat.get_store() is compressor.get_store()
+    other = PICCompressor(**settings, model_kwargs={"attn_implementation": "eager"})
+    assert other.get_compressor() is not compressor.get_compressor()
 
-    def load(*args, **kwargs):
-        loads.append((args, kwargs))
-        return tiny_compressor
 
-    monkeypatch.setattr(Compressor, "from_pretrained", load)
-    unload_models()
-    components = [PICCompressor(model_name="a"), ChatPIC(model="a"), PICCompressor(model_name="a", ratio=8)]
-    threads = [threading.Thread(target=part.get_compressor) for part in components * 4]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(loads) == 1
-    PICCompressor(model_name="a", dtype="float32").get_compressor()
-    assert len(loads) == 2
-    unload_models()
+def test_a_chat_model_that_only_reads_memories_loads_no_compressor(checkpoints, store, documents, monkeypatch):
+    settings = {"model_name": checkpoints[0], "dtype": "float32", "store": store}
+    handle = PICCompressor(**settings).compress_documents(documents, "q")[0].page_content
+    unload_shared()
+    monkeypatch.setattr(Compressor, "__init__", lambda *_, **__: pytest.fail("loaded a compressor"))
+    answer = ChatPIC(**settings, max_tokens=2).invoke(handle)
+    assert answer.usage_metadata["input_token_details"]["memory"] > 0
+
+
+def test_a_ready_compressor_counts_for_more_than_the_name(tiny_compressor):
+    chat = ChatPIC(model_name="/no/such/folder", compressor=tiny_compressor)
+    assert chat.get_checkpoint().fingerprint == tiny_compressor.fingerprint
 
 
 def test_importing_and_constructing_load_no_torch():

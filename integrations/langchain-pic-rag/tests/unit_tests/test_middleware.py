@@ -9,9 +9,9 @@ from langchain_core.documents import Document
 from langchain_core.language_models import FakeMessagesListChatModel
 from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import create_retriever_tool, tool
-from pic_rag import find_handles
-
 from langchain_pic_rag import ChatPIC, PICRetriever
+
+from pic_rag import find_handles
 
 agents = pytest.importorskip("langchain.agents", reason="PICMiddleware needs the extra 'agents'")
 

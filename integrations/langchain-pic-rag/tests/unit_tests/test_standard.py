@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from langchain_pic_rag import ChatPIC, PICByteStore, PICRetriever
 from langchain_tests.integration_tests import BaseStoreAsyncTests, BaseStoreSyncTests, RetrieversIntegrationTests
 from langchain_tests.unit_tests import ChatModelUnitTests
-
-from langchain_pic_rag import ChatPIC, PICByteStore, PICRetriever
 
 
 class TestChatPIC(ChatModelUnitTests):

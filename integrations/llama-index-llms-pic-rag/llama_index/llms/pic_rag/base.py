@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Generator as ResponseStream
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
@@ -23,17 +21,15 @@ from llama_index.core.base.llms.types import (
 from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM, default_completion_to_prompt
-
 from llama_index.llms.pic_rag.responses import as_chat, as_messages, completion, completions
 from llama_index.llms.pic_rag.streams import iterate_in_thread
-from pic_rag import find_handles
+
+from pic_rag import find_handles, shared_checkpoint, shared_generator, shared_store
 
 if TYPE_CHECKING:
-    from pic_rag import Compressor, Generation, Generator, Memory, MemoryCache
+    from pic_rag import Checkpoint, Generation, Generator, Memory, MemoryCache
 
 Prompt = str | list[dict[str, Any]]
-
-_loading = threading.Lock()
 
 
 class PICLLM(LLM):
@@ -70,8 +66,7 @@ class PICLLM(LLM):
         default_factory=dict, description="Settings of every call: stop, temperature, top_p, seed."
     )
     model_kwargs: dict[str, Any] = Field(
-        default_factory=dict,
-        description="More arguments of Generator.from_pretrained. With any, the model is not shared.",
+        default_factory=dict, description="Further arguments of Generator.from_pretrained."
     )
     generator: Any = Field(
         default=None, exclude=True, repr=False, description="A pic_rag.Generator, in place of a name."
@@ -81,7 +76,6 @@ class PICLLM(LLM):
         default=None, exclude=True, repr=False, description="A pic_rag.MemoryStore or any LangChain ByteStore."
     )
 
-    _default_store: Any = PrivateAttr(default=None)
     _memory_tokens: dict[str, int] = PrivateAttr(default_factory=dict)
 
     @classmethod
@@ -92,7 +86,7 @@ class PICLLM(LLM):
     @property
     def metadata(self) -> LLMMetadata:
         """What LlamaIndex plans prompts by. Loads the model."""
-        generator = self.load_generator()
+        generator = self.get_generator()
         has_template = bool(generator.tokenizer.chat_template)
         return LLMMetadata(
             context_window=self.context_window or generator.context_tokens,
@@ -105,34 +99,28 @@ class PICLLM(LLM):
         """What traces say about this LLM: its settings. `metadata` would load the model, in the event loop."""
         return self.to_dict()
 
-    def load_compressor(self) -> Compressor:
-        """The compressor whose memories are read: the one given, or the one that all components of that name share."""
-        from pic_rag import shared_compressor
+    def get_checkpoint(self) -> Checkpoint:
+        """The checkpoint of the compressor whose memories are read; the compressor itself is not loaded."""
+        return shared_checkpoint(self.model_name) if self.compressor is None else self.compressor.checkpoint
 
-        if self.compressor is not None:
-            return self.compressor
-        return shared_compressor(self.model_name, device=self.device, dtype=self.dtype)
-
-    def load_generator(self) -> Generator:
+    def get_generator(self) -> Generator:
         """The model that answers: the one given, or one that all components with the same settings share."""
-        from pic_rag import Generator, shared_generator
-
         if self.generator is not None:
             return self.generator
-        compressor = self.load_compressor()
-        name, reader = self.generator_name or compressor.generator.name, compressor.reader
-        if not self.model_kwargs:
-            return shared_generator(name, reader=reader, device=self.device, dtype=self.dtype)
-        with _loading:
-            if self.generator is None:
-                self.generator = Generator.from_pretrained(
-                    name, reader=reader, device=self.device, dtype=self.dtype, **self.model_kwargs
-                )
-            return self.generator
+        return shared_generator(
+            self.get_checkpoint(), self.generator_name, device=self.device, dtype=self.dtype, **self.model_kwargs
+        )
+
+    def get_memory_cache(self) -> MemoryCache:
+        """The memories that this LLM reads."""
+        from pic_rag import MemoryCache
+
+        store = self.store if self.store is not None else shared_store(self.cache_folder)
+        return MemoryCache(store, self.get_checkpoint().fingerprint, namespace=self.namespace)
 
     def unknown_handles(self, handles: Sequence[str]) -> list[str]:
         """Those of the handles that this LLM could not resolve. `PICCompressor` asks before it shows them."""
-        cache = self._memory_cache()
+        cache = self.get_memory_cache()
         return [handle for handle in handles if handle not in cache]
 
     def tokenize(self, text: str) -> list[int]:
@@ -149,27 +137,27 @@ class PICLLM(LLM):
         return token_ids + self._tokenize_text(text)
 
     @llm_completion_callback()
-    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:  # noqa: ANN401 - as in LLM
+    def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt. One that is not `formatted` goes through the chat template, as a user's message."""
         return self._answer(self._from_text(prompt, formatted), kwargs)
 
     @llm_completion_callback()
-    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:  # noqa: ANN401
+    def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """Answer a prompt piece by piece."""
         return self._stream(self._from_text(prompt, formatted), kwargs)
 
     @llm_chat_callback()
-    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:  # noqa: ANN401
+    def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation; handles may stand in messages of every role."""
         return as_chat(self._answer(self._from_messages(messages), kwargs))
 
     @llm_chat_callback()
-    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:  # noqa: ANN401
+    def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
         """Answer a conversation piece by piece."""
         return self._stream_chat(messages, kwargs)
 
     @llm_completion_callback()
-    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:  # noqa: ANN401
+    async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """As `complete`, in a thread."""
         return await asyncio.to_thread(lambda: self._answer(self._from_text(prompt, formatted), kwargs))
 
@@ -178,31 +166,31 @@ class PICLLM(LLM):
         self,
         prompt: str,
         formatted: bool = False,
-        **kwargs: Any,  # noqa: ANN401
+        **kwargs: Any,
     ) -> CompletionResponseAsyncGen:
         """As `stream_complete`, in a thread."""
         stream = await asyncio.to_thread(lambda: self._stream(self._from_text(prompt, formatted), kwargs))
         return iterate_in_thread(stream)
 
     @llm_chat_callback()
-    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:  # noqa: ANN401
+    async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """As `chat`, in a thread."""
         return as_chat(await asyncio.to_thread(lambda: self._answer(self._from_messages(messages), kwargs)))
 
     @llm_chat_callback()
-    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:  # noqa: ANN401
+    async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
         """As `stream_chat`, in a thread."""
         return iterate_in_thread(await asyncio.to_thread(self._stream_chat, messages, kwargs))
 
     def _answer(self, prompt: Prompt, settings: dict[str, Any]) -> CompletionResponse:
-        generations: list[Generation] = self.load_generator().generate(
+        generations: list[Generation] = self.get_generator().generate(
             prompt, self._read(prompt), **self._settings(settings)
         )
         return completion(generations[0])
 
     def _stream(self, prompt: Prompt, settings: dict[str, Any]) -> ResponseStream[CompletionResponse, None, None]:
         """Checks the prompt now, decodes when the first piece is asked for."""
-        return completions(self.load_generator().stream(prompt, self._read(prompt), **self._settings(settings)))
+        return completions(self.get_generator().stream(prompt, self._read(prompt), **self._settings(settings)))
 
     def _stream_chat(
         self, messages: Sequence[ChatMessage], settings: dict[str, Any]
@@ -234,31 +222,16 @@ class PICLLM(LLM):
         handles = list(dict.fromkeys(handle for text in texts for handle in find_handles(text)))
         if not handles:
             return []
-        return [memory for memory in self._memory_cache().get(handles) if memory is not None]
-
-    def _memory_cache(self) -> MemoryCache:
-        from pic_rag import MemoryCache
-
-        return MemoryCache(self._kept_in(), self.load_compressor().fingerprint, namespace=self.namespace)
-
-    def _kept_in(self) -> Any:  # noqa: ANN401 - any store, a foreign one included
-        from pic_rag import SQLiteStore, cache_folder
-
-        if self.store is not None:
-            return self.store
-        if self._default_store is None:
-            folder = Path(self.cache_folder) if self.cache_folder else cache_folder()
-            self._default_store = SQLiteStore(folder / "memories.sqlite")
-        return self._default_store
+        return [memory for memory in self.get_memory_cache().get(handles) if memory is not None]
 
     def _tokenize_text(self, text: str) -> list[int]:
-        tokenizer = self.load_generator().tokenizer
+        tokenizer = self.get_generator().tokenizer
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
     def _count_memory_tokens(self, handle: str) -> int | None:
         """Kept for the next time: prompts are planned by counting the same handles again and again."""
         if handle not in self._memory_tokens:
-            [memory] = self._memory_cache().get([handle])
+            [memory] = self.get_memory_cache().get([handle])
             if memory is None:
                 return None
             self._memory_tokens[handle] = memory.memory_tokens

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
-
 from llama_index.postprocessor.pic_rag.answering import Nobody, find_reader, reads_memories, unwrap
 from llama_index.postprocessor.pic_rag.nodes import restore_nodes, show_handle
 from llama_index.postprocessor.pic_rag.settings import CompressionSettings
+
 from pic_rag import find_handles
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class PICCompressor(CompressionSettings, BaseNodePostprocessor):
         self,
         nodes: list[NodeWithScore],
         query_bundle: QueryBundle | None,
-        reader: Any,  # noqa: ANN401 - any LLM
+        reader: Any,
     ) -> list[NodeWithScore]:
         _refuse_handles(query_bundle)
         kept = nodes[: self.top_n]
@@ -71,7 +71,7 @@ class PICCompressor(CompressionSettings, BaseNodePostprocessor):
             self._show(*shown) for shown in zip(restore_nodes(kept), memories, range(1, len(kept) + 1), strict=True)
         ]
 
-    def _shows_handles(self, reader: Any) -> bool:  # noqa: ANN401 - any LLM
+    def _shows_handles(self, reader: Any) -> bool:
         if isinstance(reader, Nobody):
             return False
         if reader is None or reads_memories(reader):
@@ -83,7 +83,7 @@ class PICCompressor(CompressionSettings, BaseNodePostprocessor):
             )
         return False
 
-    def _check_known(self, reader: Any, memories: Sequence[Memory | None]) -> None:  # noqa: ANN401 - any such LLM
+    def _check_known(self, reader: Any, memories: Sequence[Memory | None]) -> None:
         """An LLM with other settings would fail at its first handle, with less to say about the reason."""
         handles = [memory.handle for memory in memories if memory is not None]
         llm: Any = unwrap(reader)

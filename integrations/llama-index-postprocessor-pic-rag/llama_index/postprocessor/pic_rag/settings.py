@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, PrivateAttr
+from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.schema import BaseNode, MetadataMode
-
 from llama_index.postprocessor.pic_rag.events import PICCompressEndEvent, PICCompressStartEvent
 from llama_index.postprocessor.pic_rag.nodes import restore_node
+
+from pic_rag import shared_compressor, shared_store
 
 if TYPE_CHECKING:
     from pic_rag import Compressor, Memory, MemoryCache
 
 dispatcher = get_dispatcher(__name__)
-
-_loading = threading.Lock()
 
 
 class CompressionSettings(BaseModel):
@@ -45,8 +42,7 @@ class CompressionSettings(BaseModel):
         default=None, description="Folder of the default store, memories.sqlite; None: pic-rag's cache folder."
     )
     model_kwargs: dict[str, Any] = Field(
-        default_factory=dict,
-        description="More arguments of Compressor.from_pretrained. With any, the model is not shared.",
+        default_factory=dict, description="Further arguments of Compressor.from_pretrained."
     )
     compressor: Any = Field(
         default=None, exclude=True, repr=False, description="A pic_rag.Compressor, in place of a name."
@@ -55,30 +51,18 @@ class CompressionSettings(BaseModel):
         default=None, exclude=True, repr=False, description="A pic_rag.MemoryStore or any LangChain ByteStore."
     )
 
-    _default_store: Any = PrivateAttr(default=None)
-
-    def load_compressor(self) -> Compressor:
+    def get_compressor(self) -> Compressor:
         """The compressor: the one given, or one that all components with the same settings share."""
-        from pic_rag import Compressor, shared_compressor
-
         if self.compressor is not None:
             return self.compressor
-        if not self.model_kwargs:
-            return shared_compressor(self.model_name, device=self.device, dtype=self.dtype)
-        with _loading:
-            if self.compressor is None:
-                self.compressor = Compressor.from_pretrained(
-                    self.model_name, device=self.device, dtype=self.dtype, **self.model_kwargs
-                )
-            return self.compressor
+        return shared_compressor(self.model_name, device=self.device, dtype=self.dtype, **self.model_kwargs)
 
-    def memory_cache(self) -> MemoryCache:
+    def get_memory_cache(self) -> MemoryCache:
         """The memories kept for this compressor and namespace."""
         from pic_rag import MemoryCache
 
-        return MemoryCache(
-            self._kept_in(), self.load_compressor().fingerprint, namespace=self.namespace, at_rest=self.at_rest
-        )
+        store = self.store if self.store is not None else shared_store(self.cache_folder)
+        return MemoryCache(store, self.get_compressor().fingerprint, namespace=self.namespace, at_rest=self.at_rest)
 
     def make_memories(self, nodes: Sequence[BaseNode]) -> list[Memory | None]:
         """One memory a node, in order, out of the store or made now; None for a node without text.
@@ -93,9 +77,9 @@ class CompressionSettings(BaseModel):
             return memories
         begin = time.perf_counter()
         dispatcher.event(PICCompressStartEvent(documents=len(found), ratio=self.ratio, compressor=self.model_name))
-        made, cached = self.memory_cache().get_or_compress(
+        made, cached = self.get_memory_cache().get_or_compress(
             [texts[number] for number in found],
-            self.load_compressor(),
+            self.get_compressor(),
             self.ratio,
             sources=[nodes[number].node_id for number in found],
             batch_size=self.batch_size,
@@ -104,16 +88,6 @@ class CompressionSettings(BaseModel):
             memories[number] = memory
         dispatcher.event(_end_event(made, sum(cached), 1000 * (time.perf_counter() - begin)))
         return memories
-
-    def _kept_in(self) -> Any:  # noqa: ANN401 - any store, a foreign one included
-        from pic_rag import SQLiteStore, cache_folder
-
-        if self.store is not None:
-            return self.store
-        if self._default_store is None:
-            folder = Path(self.cache_folder) if self.cache_folder else cache_folder()
-            self._default_store = SQLiteStore(folder / "memories.sqlite")
-        return self._default_store
 
 
 def _end_event(memories: Sequence[Memory], cached: int, latency_ms: float) -> PICCompressEndEvent:

@@ -8,7 +8,6 @@ from typing import Any
 
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.schema import BaseNode, TransformComponent
-
 from llama_index.postprocessor.pic_rag.nodes import note_handle, restore_node, show_handle
 from llama_index.postprocessor.pic_rag.settings import CompressionSettings
 
@@ -31,7 +30,7 @@ class PICTransform(CompressionSettings, TransformComponent):
         """The component's name in serialised form."""
         return "PICTransform"
 
-    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:  # noqa: ANN401 - the base class's
+    def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Copies of the nodes that carry their handles, in order; a node without text stays as it is."""
         carry = show_handle if self.show_handles else note_handle
         return [
@@ -39,14 +38,14 @@ class PICTransform(CompressionSettings, TransformComponent):
             for node, memory in zip(nodes, self.make_memories(nodes), strict=True)
         ]
 
-    async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:  # noqa: ANN401 - likewise
+    async def acall(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """As a call, without blocking the event loop."""
         return await asyncio.to_thread(self, nodes, **kwargs)
 
-    def to_dict(self, **kwargs: Any) -> dict[str, Any]:  # noqa: ANN401 - the base class's
+    def to_dict(self, **kwargs: Any) -> dict[str, Any]:
         """The settings and the compressor's fingerprint: the ingestion cache's key. Loads the compressor.
 
         A name alone would not do: other weights in the same folder make other memories.
         """
-        compressor = self.load_compressor()
+        compressor = self.get_compressor()
         return {**super().to_dict(**kwargs), "fingerprint": compressor.fingerprint, "compute_dtype": compressor.dtype}
