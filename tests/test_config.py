@@ -57,7 +57,6 @@ def test_a_config_cannot_be_changed():
         ("text_scope", "document", "text_scope must be one of segment, chunk, got 'document'"),
         ("memory_scope", ["chunk"], "memory_scope must be one of chunk, chunk[+]past, segment"),
         ("positions", "middle", "positions must be one of spread, append, got 'middle'"),
-        ("generator_positions", None, "generator_positions must be one of contiguous, spread, got None"),
         ("residual_pool", "yes", "residual_pool must be true or false, got 'yes'"),
         ("encoder_layers", 0, "encoder_layers must be a positive whole number, got 0"),
         ("lora_rank", -1, "lora_rank must be a positive whole number, got -1"),
