@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -316,52 +317,63 @@ def reading(reader: Path, tiny_model: PreTrainedModel, tiny_tokenizer: PreTraine
     return Generator(copy.deepcopy(tiny_model), tiny_tokenizer, name="tiny", reader=reader)
 
 
+@pytest.fixture(scope="module")
+def read_memory(reading: Generator, memory: Memory) -> Memory:
+    """The memory as a compressor trained with the reader would have made it."""
+    return dataclasses.replace(memory, generator=reading.model_id)
+
+
 def test_a_reader_is_on_only_for_prompts_with_memories(
-    reading: Generator, generator: Generator, memory: Memory, prompts: list[Any]
+    reading: Generator, generator: Generator, memory: Memory, read_memory: Memory, prompts: list[Any]
 ) -> None:
     plain = generator.generate(prompts, [memory], max_new_tokens=12)
-    read = reading.generate(prompts, [memory], max_new_tokens=12)
+    read = reading.generate(prompts, [read_memory], max_new_tokens=12)
     for before, after in zip(plain, read, strict=True):
         assert (before.token_ids != after.token_ids) == (after.memory_tokens > 0)
-    assert read == [reading.generate(prompt, [memory], max_new_tokens=12)[0] for prompt in prompts]
+    assert read == [reading.generate(prompt, [read_memory], max_new_tokens=12)[0] for prompt in prompts]
 
 
 def test_a_reader_leaves_the_plain_models_logits_untouched(
-    reading: Generator, generator: Generator, memory: Memory
+    reading: Generator, generator: Generator, read_memory: Memory
 ) -> None:
     inputs = generator.tokenizer("Who was it?", return_tensors="pt")
-    reading.generate(memory.handle, [memory], max_new_tokens=2)
+    reading.generate(read_memory.handle, [read_memory], max_new_tokens=2)
     with torch.no_grad():
         assert torch.equal(reading.model(**inputs).logits, generator.model(**inputs).logits)
 
 
-def test_a_reader_changes_neither_model_id_nor_memory_width(reading: Generator, generator: Generator) -> None:
-    assert (reading.model_id, reading.hidden) == (generator.model_id, generator.hidden)
+def test_a_reader_is_part_of_the_model_id_so_memories_for_it_are_not_read_without_it(
+    reading: Generator, generator: Generator, memory: Memory, read_memory: Memory
+) -> None:
+    assert reading.model_id.startswith(f"{generator.model_id}+")
+    for wrong, mixed_up in ((reading, memory), (generator, read_memory)):
+        with pytest.raises(ValueError, match="Memory was made for"):
+            wrong.generate(mixed_up.handle, [mixed_up])
 
 
 def test_many_threads_get_what_one_thread_gets_reader_or_not(
-    reading: Generator, memory: Memory, prompts: list[Any]
+    reading: Generator, read_memory: Memory, prompts: list[Any]
 ) -> None:
     asked = [prompts[number % len(prompts)] for number in range(32)]
-    expected = [reading.generate(prompt, [memory], max_new_tokens=8)[0] for prompt in asked]
+    expected = [reading.generate(prompt, [read_memory], max_new_tokens=8)[0] for prompt in asked]
 
     def ask(number: int) -> str | Generation:
         if number % 4 == 3:
-            return "".join(reading.stream(asked[number], [memory], max_new_tokens=8))
-        return reading.generate(asked[number], [memory], max_new_tokens=8)[0]
+            return "".join(reading.stream(asked[number], [read_memory], max_new_tokens=8))
+        return reading.generate(asked[number], [read_memory], max_new_tokens=8)[0]
 
     with ThreadPoolExecutor(32) as threads:
         answers = list(threads.map(ask, range(32)))
     assert answers == [one.text if number % 4 == 3 else one for number, one in enumerate(expected)]
 
 
-def test_a_reader_is_switched_off_after_an_error(reading: Generator, generator: Generator, memory: Memory) -> None:
+def test_a_reader_is_switched_off_after_an_error(reading: Generator, generator: Generator, read_memory: Memory) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("out of memory")
 
     hook = reading.model.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        reading.generate(memory.handle, [memory])
+        reading.generate(read_memory.handle, [read_memory])
     hook.remove()
     assert reading.generate("Who?", max_new_tokens=8) == generator.generate("Who?", max_new_tokens=8)
 
