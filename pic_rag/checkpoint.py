@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from pic_rag import embedded
 from pic_rag.backbone import ModelRef, reader_id
@@ -92,7 +92,8 @@ class Checkpoint:
         }
         with tempfile.TemporaryDirectory(dir=target) as staging:
             weights, config = Path(staging, WEIGHTS_FILE), Path(staging, CONFIG_FILE)
-            save_file({name: tensor.contiguous() for name, tensor in self.weights.items()}, weights)
+            # `save_file` would make a file that nobody but its owner may read
+            weights.write_bytes(save({name: tensor.contiguous() for name, tensor in self.weights.items()}))
             config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             if self.reader is not None and self.reader.resolve() != (target / READER_FOLDER).resolve():
                 shutil.rmtree(target / READER_FOLDER, ignore_errors=True)
