@@ -38,6 +38,38 @@ class Converter(nn.Module):
         return self.down(nn.functional.gelu(self.up(self.norm(hidden))))
 
 
+class SaliencePool(nn.Module):
+    """Mean of the generator's token embeddings over each slot's span, weighted by how much every token tells.
+
+    A token's weight is a softmax over its span of `token_salience[token] + context(its hidden state)`. Both start at
+    zero, which is the plain mean; a training run starts `token_salience` at the tokens' surprisal (`start_at`), so that
+    a name outweighs the articles around it from the first step on.
+    """
+
+    def __init__(self, encoder_hidden: int, vocabulary: int) -> None:
+        super().__init__()
+        self.token_salience = nn.Parameter(torch.zeros(vocabulary))
+        self.norm = nn.RMSNorm(encoder_hidden)
+        self.context = nn.Linear(encoder_hidden, 1, bias=False)
+        nn.init.zeros_(self.context.weight)
+
+    def start_at(self, token_counts: torch.Tensor) -> None:
+        """Set the salience of every token to its surprisal, `-log` of its share of the `(vocabulary,)` counts."""
+        counts = token_counts.float() + 0.5
+        with torch.no_grad():
+            self.token_salience.copy_(-(counts / counts.sum()).log())
+
+    def forward(self, layout: Layout, hidden: torch.Tensor, embeddings: nn.Module) -> torch.Tensor:
+        """`(slots, generator_hidden)` float32 of `(rows, places, encoder_hidden)` hidden states."""
+        place = layout.span_place.clamp(min=0)  # (slots, span)
+        row = layout.slot_row[:, None]
+        token_ids = layout.token_ids[row, place]
+        context = self.context(self.norm(hidden.to(self.norm.weight.dtype)))[..., 0]  # (rows, places)
+        salience = self.token_salience[token_ids].float() + context[row, place].float()
+        weights = salience.masked_fill(layout.span_place < 0, -torch.inf).softmax(-1)
+        return (weights[..., None] * embeddings(token_ids).float()).sum(1)
+
+
 class PicEncoder(nn.Module):
     """Turns a layout's slots into memory tokens.
 
@@ -58,6 +90,8 @@ class PicEncoder(nn.Module):
         generator = torch.Generator().manual_seed(0)
         self.slot_embedding = nn.Parameter((torch.randn(hidden, generator=generator) * scale).to(weight.device))
         self.converter = Converter(hidden, self.hidden).to(weight.device)
+        vocabulary = len(cast("torch.Tensor", generator_embeddings.weight))
+        self.pool = SaliencePool(hidden, vocabulary).to(weight.device) if config.residual_pool else None
         if config.lora_rank:
             _add_lora(self.decoder, config)
 
@@ -74,8 +108,8 @@ class PicEncoder(nn.Module):
         ).last_hidden_state
         slots = hidden[layout.slot_row, layout.slot_place]  # (slots, encoder_hidden)
         memory = self.converter(slots.to(self.converter.up.weight.dtype))
-        if self.config.residual_pool:
-            memory = memory + self._pool(layout)
+        if self.pool is not None:
+            memory = memory + self.pool(layout, hidden, self._generator_embeddings[0])
         return memory.to(text.dtype)
 
     @property
@@ -84,7 +118,7 @@ class PicEncoder(nn.Module):
         return cast("torch.Tensor", self.decoder.get_input_embeddings().weight)
 
     def trained_state(self) -> dict[str, torch.Tensor]:
-        """What training changes, and a checkpoint holds: LoRA, slot embedding, converter."""
+        """What training changes, and a checkpoint holds: LoRA, slot embedding, converter, pool."""
         return {name: tensor for name, tensor in self.state_dict().items() if _is_trained(name)}
 
     def load_trained_state(self, state: dict[str, torch.Tensor]) -> None:
@@ -121,12 +155,6 @@ class PicEncoder(nn.Module):
     def _slot_row(self, embeddings: nn.Module) -> torch.Tensor:
         """The slot embedding at the scale the model's own embedding module gives its rows (Gemma multiplies them)."""
         return self.slot_embedding * getattr(embeddings, "embed_scale", 1.0)
-
-    def _pool(self, layout: Layout) -> torch.Tensor:
-        """`(slots, generator_hidden)` float32 mean of the generator's embeddings of each slot's span."""
-        spans = self._generator_embeddings[0](layout.span_ids.clamp(min=0))  # (slots, span, generator_hidden)
-        inside = (layout.span_ids >= 0)[..., None]
-        return (spans.float() * inside).sum(1) / inside.sum(1)
 
 
 def _cut_decoder(base: PreTrainedModel, config: PicConfig) -> PreTrainedModel:

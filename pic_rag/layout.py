@@ -24,7 +24,7 @@ class Layout:
         is_slot: `(rows, places)` bool.
         slot_row: `(slots,)` the row of each slot, slots in the order of the segments given.
         slot_place: `(slots,)` its place in that row.
-        span_ids: `(slots, span)` token ids of the text a slot stands for, -1 after a short span's end.
+        span_place: `(slots, span)` places, in the slot's row, of the text it stands for; -1 after a short span's end.
     """
 
     token_ids: torch.Tensor
@@ -34,7 +34,7 @@ class Layout:
     is_slot: torch.Tensor
     slot_row: torch.Tensor
     slot_place: torch.Tensor
-    span_ids: torch.Tensor
+    span_place: torch.Tensor
 
     @property
     def places(self) -> Places:
@@ -105,6 +105,5 @@ def _slot_arrays(
         rows.append(np.full(slots, row))
         places.append(first + len(segment.token_ids) + np.arange(slots))
         reach = segment.start[:, None] + np.arange(span)
-        padded = np.concatenate([segment.token_ids, np.zeros(span, dtype=np.int64)])
-        spans.append(np.where(reach < segment.stop[:, None], padded[reach], -1))
+        spans.append(np.where(reach < segment.stop[:, None], first + reach, -1))
     return np.concatenate(rows), np.concatenate(places), np.concatenate(spans)

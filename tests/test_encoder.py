@@ -191,6 +191,28 @@ def test_an_untrained_encoder_is_a_mean_pooler(tiny_model):
     torch.testing.assert_close(memory, pooled)
 
 
+def test_the_pool_weighs_a_span_by_what_its_tokens_tell(tiny_model):
+    embeddings = tiny_model.get_input_embeddings()
+    encoder = PicEncoder(tiny_model, PicConfig(segment_tokens=64), embeddings).eval()
+    counts = torch.full((len(embeddings.weight),), 1_000_000)
+    counts[7] = 0  # a rare token among common ones
+    encoder.pool.start_at(counts)
+    memory = _encode(encoder, [_segment(np.array([5, 7, 9, 11, 20, 21, 22, 23]))])
+    torch.testing.assert_close(memory[0], embeddings.weight[7], rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(memory[1], embeddings.weight[20:24].mean(0))
+
+
+def test_the_pool_reads_nothing_beyond_its_chunk(tiny_model):
+    encoder = _encoder(tiny_model, replace(_config("local"), residual_pool=True))
+    token_ids = _tokens(0)
+    edited = token_ids.copy()
+    edited[CHUNK_TOKENS + 1] += 1  # in the second chunk
+    before, after = _encode(encoder, [_segment(token_ids)]), _encode(encoder, [_segment(edited)])
+    moved = (before != after).any(-1).view(-1).nonzero().flatten().tolist()
+    assert set(moved) <= {2, 3}
+    assert moved
+
+
 def test_without_the_residual_pool_an_untrained_encoder_says_nothing(tiny_model):
     encoder = PicEncoder(tiny_model, _config(), tiny_model.get_input_embeddings()).eval()
     assert not _encode(encoder, [_segment(_tokens(0))]).any()

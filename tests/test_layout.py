@@ -62,7 +62,9 @@ def test_slots_come_in_the_order_of_the_segments_given_and_stand_for_their_spans
     assert layout.is_slot.sum() == len(layout.slot_row) == sum(len(segment.chunk) for segment in segments)
     owner = layout.segment[layout.slot_row, layout.slot_place].tolist()
     assert owner == [number for number, segment in enumerate(segments) for _ in segment.chunk]
-    spans = layout.span_ids[layout.span_ids >= 0].tolist()
+    row = layout.slot_row[:, None].expand_as(layout.span_place)
+    inside = layout.span_place >= 0
+    spans = layout.token_ids[row[inside], layout.span_place[inside]].tolist()
     assert spans == [token for segment in segments for token in segment.token_ids.tolist()]
 
 

@@ -152,6 +152,15 @@ def test_the_exported_compressor_makes_the_trained_memories(data, tmp_path):
     assert ((trained.embeddings - loaded.embeddings).norm(dim=1) / size).median() < 0.02  # kept in bfloat16
 
 
+def test_a_new_run_starts_with_the_salience_of_rare_tokens_above_that_of_common_ones(data, tmp_path):
+    trainer = Trainer(_config(data, tmp_path, precision="fp32"), Accelerator())
+    table = trainer.factory.texts
+    counts = np.bincount(table.ids, minlength=len(trainer.backbone.tokenizer))
+    salience = trainer.encoder.pool.token_salience.detach()
+    assert salience[int(counts.argmax())] == salience.min()
+    assert (salience[torch.from_numpy(counts == 0).nonzero()[-1]] == salience.max()).all()
+
+
 def test_a_run_can_start_from_a_compressor(data, tmp_path):
     folder = train(_config(data, tmp_path / "first"), progress=False)
     trainer = Trainer(_config(data, tmp_path / "second", init_from=str(folder)), Accelerator())
@@ -174,7 +183,7 @@ def test_a_held_out_text_is_dropped_from_training(data, tmp_path, text):
     assert len(kept) == 7
     assert TEXT.format(3) not in kept
     config = _config(data, tmp_path / "out", held_out=[str(tmp_path / "held.jsonl")])
-    assert len(Trainer(config, Accelerator())._dataset().factory.texts) == 7
+    assert len(Trainer(config, Accelerator()).factory.texts) == 7
 
 
 @pytest.mark.parametrize(

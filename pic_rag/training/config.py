@@ -114,7 +114,7 @@ class TrainConfig:
     distractor_share: float = _help("share of one-document examples that get distractors", default=0.3)
     slots_per_chunk: tuple[int, ...] = _help("slots_per_chunk drawn per example", default=(4,))
     learning_rate: float = _help("of the LoRA", default=3e-4)
-    converter_rate_factor: float = _help("times learning_rate: converter and slot embedding", default=5.0)
+    converter_rate_factor: float = _help("times learning_rate: converter, slot embedding and pool", default=5.0)
     reader_rank: int = _help("rank of the generator's reader LoRA; 0: the generator stays frozen", default=0)
     reader_learning_rate: float = _help("of the reader LoRA", default=3e-4)
     distillation: float = _help("weight of KL to the generator reading the text, on answer tokens", default=0.0)

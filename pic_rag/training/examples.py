@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from pic_rag.chunking import Segment, fold, place_slots
 from pic_rag.handles import split_handles
@@ -123,6 +124,11 @@ class ExampleFactory:
     def draw(self, task: str, ratios: Ratios, random: np.random.Generator) -> Example:
         """One example of a task, its documents compressed at ratios of those weights."""
         return self._draw[task](ratios, random)
+
+    def token_counts(self, vocabulary: int) -> torch.Tensor:
+        """How often each of `(vocabulary,)` tokens occurs in the texts and in the questions' contexts."""
+        tables = [table.contexts for table in self.questions] + ([self.texts] if self.texts else [])
+        return torch.from_numpy(sum(np.bincount(table.ids, minlength=vocabulary) for table in tables))
 
     def _reconstruct(self, ratios: Ratios, random: np.random.Generator) -> Example:
         text = self._excerpt(random, 0)

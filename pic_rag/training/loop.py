@@ -71,8 +71,11 @@ class Trainer:
         self.base = base.ref
         self.encoder = PicEncoder(base.model, config.pic, base.model.get_input_embeddings())
         self.generator = _prepare_generator(base.model, config)
+        self.factory = self._example_factory()
         if config.init_from:
             self._start_from(config.init_from)
+        elif self.encoder.pool is not None:
+            self.encoder.pool.start_at(self.factory.token_counts(len(self.encoder.pool.token_salience)))
         for module in (self.encoder, self.generator):
             torch.nn.Module.to(module, dtype=base.model.dtype)
         self.trained = [*_trainable(self.encoder), *_trainable(self.generator)]
@@ -89,7 +92,8 @@ class Trainer:
     def run(self, minutes: float | None, progress: bool | None) -> Path:
         """Train from where the run stands to its end, or for some minutes."""
         steps = range(self.step, self.config.steps)
-        batches = _loader(self._dataset(), steps, self.config.workers)
+        dataset = StepDataset(self.config, self.factory, self.accelerator.process_index)
+        batches = _loader(dataset, steps, self.config.workers)
         started = saved = time.monotonic()
         hidden = progress is False or not self.accelerator.is_main_process
         log = MetricsLog(self.out / METRICS_FILE, self.step, self.config) if self.accelerator.is_main_process else None
@@ -144,7 +148,8 @@ class Trainer:
         decay_steps = max(1, math.ceil(config.steps * config.decay_share))
         return min(1.0, (step + 1) / max(1, config.warmup_steps), (config.steps - step) / decay_steps)
 
-    def _dataset(self) -> StepDataset:
+    def _example_factory(self) -> ExampleFactory:
+        """The corpora, tokenised by the main process if their cache does not hold them yet."""
         config = self.config
         cache = Path(config.cache) if config.cache else self.out / "tokens"
         with self.accelerator.main_process_first():
@@ -154,11 +159,10 @@ class Trainer:
                 QuestionTable(source, cache, self.backbone.tokenizer, held_out): weight
                 for source, weight in config.questions.items()
             }
-        factory = ExampleFactory(config, self.backbone.tokenizer, texts, questions)
-        return StepDataset(config, factory, self.accelerator.process_index)
+        return ExampleFactory(config, self.backbone.tokenizer, texts, questions)
 
     def _groups(self) -> list[dict[str, Any]]:
-        """AdamW's parameter groups: LoRA, converter and slot embedding, reader; `peak` is each one's highest rate."""
+        """AdamW's parameter groups: LoRA, head (converter, slots, pool), reader; `peak` is the highest rate."""
         config = self.config
         names = [name for name, parameter in self.encoder.named_parameters() if parameter.requires_grad]
         parts: dict[str, list[torch.Tensor]] = {"lora": [], "head": [], "reader": []}
