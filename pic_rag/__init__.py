@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "BaseGenerator": "generator",
     "Checkpoint": "checkpoint",
     "Compressor": "compressor",
     "Document": "documents",
+    "Fidelity": "fidelity",
+    "FidelityCheck": "fidelity",
     "Generation": "generator",
     "Generator": "generator",
     "Memory": "memory",
@@ -27,6 +30,7 @@ _ROOMS = {
     "ShardStore": "store",
     "StoreError": "store",
     "UnknownHandleError": "handles",
+    "VLLMGenerator": "vllm",
     "cache_folder": "embedded",
     "escape_handles": "handles",
     "find_handles": "handles",
@@ -41,9 +45,12 @@ _ROOMS = {
 }
 
 __all__ = [
+    "BaseGenerator",
     "Checkpoint",
     "Compressor",
     "Document",
+    "Fidelity",
+    "FidelityCheck",
     "Generation",
     "Generator",
     "Memory",
@@ -57,6 +64,7 @@ __all__ = [
     "ShardStore",
     "StoreError",
     "UnknownHandleError",
+    "VLLMGenerator",
     "cache_folder",
     "escape_handles",
     "find_handles",
@@ -77,13 +85,15 @@ if TYPE_CHECKING:
     from pic_rag.config import PicConfig
     from pic_rag.documents import Document, load_documents
     from pic_rag.embedded import cache_folder
-    from pic_rag.generator import Generation, Generator
+    from pic_rag.fidelity import Fidelity, FidelityCheck
+    from pic_rag.generator import BaseGenerator, Generation, Generator
     from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, unescape_handles
     from pic_rag.memory import Memory, MemoryFormatError
     from pic_rag.rag import PicRag
     from pic_rag.retriever import Retriever
     from pic_rag.shared import shared_checkpoint, shared_compressor, shared_generator, shared_store, unload_shared
     from pic_rag.store import MemoryCache, MemoryStore, ShardStore, SQLiteStore, StoreError
+    from pic_rag.vllm import VLLMGenerator
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute may be anything

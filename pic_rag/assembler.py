@@ -33,11 +33,13 @@ class Assembled:
         token_ids: `(rows,)` int64, `MEMORY_ROW` where a memory token sits.
         memories: the memories in reading order; one that is named twice is read twice.
         token_embeddings: the generator's input embeddings, scaled as that model scales them.
+        text: the same as one string, a handle where a memory sits; special tokens are written out.
     """
 
     token_ids: torch.Tensor
     memories: tuple[Memory, ...]
     token_embeddings: nn.Module
+    text: str
 
     @property
     def prompt_tokens(self) -> int:
@@ -114,7 +116,8 @@ class Assembler:
             UnknownHandleError: when a handle is not in `memories`.
             ValueError: when a memory was made for another generator, or is not finite.
         """
-        pieces = split_handles(self.render(prompt))
+        text = self.render(prompt)
+        pieces = split_handles(text)
         read = [self._resolve(piece, memories) for is_handle, piece in pieces if is_handle]
         upcoming = iter(read)
         token_ids = [
@@ -124,7 +127,9 @@ class Assembler:
         ]
         if isinstance(prompt, str):
             token_ids = [*self._opening, *token_ids, *self._closing]
-        return Assembled(torch.tensor(token_ids, dtype=torch.long), tuple(read), self.model.get_input_embeddings())
+            text = f"{self.tokenizer.decode(self._opening)}{text}{self.tokenizer.decode(self._closing)}"
+        rows = torch.tensor(token_ids, dtype=torch.long)
+        return Assembled(rows, tuple(read), self.model.get_input_embeddings(), text)
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids

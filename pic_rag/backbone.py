@@ -12,8 +12,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pic_rag import embedded
+from pic_rag.quiet import quiet_loading
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+ATTN_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
 _DIGEST_SAMPLES = 64  # values read of every parameter
 
 
@@ -56,16 +58,23 @@ def load_backbone(
         model_kwargs: passed on to `from_pretrained`.
 
     Raises:
+        ValueError: when `attn_implementation` is none of those, or `dtype` no floating-point dtype.
         OSError: when there is no such model.
         EmbeddedModelError: when the embedded default is neither cached nor reachable.
     """
+    if attn_implementation not in (None, *ATTN_IMPLEMENTATIONS):
+        raise ValueError(
+            f"attn_implementation must be one of {', '.join(ATTN_IMPLEMENTATIONS)}, or None for the model's own, got "
+            f"{attn_implementation!r}. The PIC mask has no other back-end."
+        )
     embedded_default = name_or_path is None or str(name_or_path) == EMBEDDED_NAME
     source = str(embedded.generator_path()) if embedded_default else str(name_or_path)
     where = resolve_device(device)
-    model = AutoModelForCausalLM.from_pretrained(
-        source, dtype=resolve_dtype(dtype, where), attn_implementation=attn_implementation, **(model_kwargs or {})
-    )
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    with quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=resolve_dtype(dtype, where), attn_implementation=attn_implementation, **(model_kwargs or {})
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
     return Backbone(
         cast("Any", model).to(where).eval(), tokenizer, EMBEDDED_NAME if embedded_default else str(name_or_path)
     )

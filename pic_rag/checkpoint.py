@@ -61,7 +61,7 @@ class Checkpoint:
 
     @classmethod
     def load(cls, name_or_path: str | Path | None = None) -> Checkpoint:
-        """Read a checkpoint from a folder, a hub id, or (None) the one shipped with pic-rag.
+        """Read a checkpoint from a folder, a hub id (perhaps with `@revision`), or (None) the one shipped with pic-rag.
 
         Raises:
             FileNotFoundError: when there is none.
@@ -96,8 +96,10 @@ class Checkpoint:
             weights.write_bytes(save({name: tensor.contiguous() for name, tensor in self.weights.items()}))
             config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             if self.reader is not None and self.reader.resolve() != (target / READER_FOLDER).resolve():
+                # by `copyfile`, without modes: peft's files are for their owner only
+                shutil.copytree(self.reader, Path(staging, READER_FOLDER), copy_function=shutil.copyfile)
                 shutil.rmtree(target / READER_FOLDER, ignore_errors=True)
-                shutil.copytree(self.reader, target / READER_FOLDER)
+                os.replace(Path(staging, READER_FOLDER), target / READER_FOLDER)
             os.replace(weights, target / WEIGHTS_FILE)
             os.replace(config, target / CONFIG_FILE)
 
@@ -108,16 +110,19 @@ def _find_folder(name_or_path: str | Path | None) -> Path:
     folder = Path(name_or_path).expanduser()
     if folder.is_dir():
         return folder
-    if isinstance(name_or_path, Path) or name_or_path.startswith((".", "~", os.sep)) or name_or_path.count("/") > 1:
+    repository, _, revision = str(name_or_path).partition("@")
+    if isinstance(name_or_path, Path) or repository.startswith((".", "~", os.sep)) or repository.count("/") > 1:
         raise FileNotFoundError(
             f"name_or_path must be a folder or a hub id, got {str(name_or_path)!r}: no such folder."
         )
     try:
-        return Path(snapshot_download(name_or_path))
+        return Path(snapshot_download(repository, revision=revision or None))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split()).rstrip(".")
         raise FileNotFoundError(
             f"name_or_path must be a folder or a hub id, got {name_or_path!r}: there is no such folder, and the hub "
-            f"answered: {error}. Check the spelling, or leave it out to use the compressor shipped with pic-rag."
+            f"answered: {reason}. Check the spelling and the network, or leave it out to use the compressor shipped "
+            "with pic-rag."
         ) from error
 
 

@@ -44,20 +44,27 @@ class Segment:
         return len(self.token_ids) + len(self.chunk)
 
 
-def token_windows(text: str, tokenizer: Any) -> Iterator[np.ndarray]:  # noqa: ANN401 - any Hugging Face tokenizer
-    """Token ids of a text, no special tokens, window by window; windows break before a word."""
+def text_windows(text: str) -> Iterator[str]:
+    """The text in pieces of `WINDOW_CHARACTERS` at most that break before a word."""
     start = 0
     while start < len(text):
         stop = start + WINDOW_CHARACTERS
         if stop < len(text):
             gaps = [gap.start() for gap in _BREAK.finditer(text, stop - WINDOW_CHARACTERS // 10, stop)]
             stop = gaps[-1] if gaps else stop
-        # A document's "<|im_end|>" is text: it must not end a message in the generator's eyes.
-        ids = tokenizer(text[start:stop], add_special_tokens=False, split_special_tokens=True, verbose=False)[
-            "input_ids"
-        ]
-        yield np.asarray(ids, dtype=np.int64)
+        yield text[start:stop]
         start = stop
+
+
+def tokenize(text: str, tokenizer: Any, **options: Any) -> Any:  # noqa: ANN401 - any Hugging Face tokenizer
+    """The tokenizer's encoding of a document's text, in which "<|im_end|>" is text: it must not end a message."""
+    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False, **options)
+
+
+def token_windows(text: str, tokenizer: Any) -> Iterator[np.ndarray]:  # noqa: ANN401 - any Hugging Face tokenizer
+    """Token ids of a text, no special tokens, window by window."""
+    for window in text_windows(text):
+        yield np.asarray(tokenize(window, tokenizer)["input_ids"], dtype=np.int64)
 
 
 def token_segments(text: str, tokenizer: Any, segment_tokens: int) -> Iterator[np.ndarray]:  # noqa: ANN401

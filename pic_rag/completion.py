@@ -64,6 +64,7 @@ class Completion:
         max_new_tokens: length at which the answer ends in any case.
         stop: strings that end the answer and are not part of it.
         on_text: called with each piece of text as soon as no stop string can begin in it.
+        on_end: called after the last piece.
     """
 
     def __init__(
@@ -74,14 +75,17 @@ class Completion:
         max_new_tokens: int,
         stop: Sequence[str] = (),
         on_text: Callable[[str], None] | None = None,
+        on_end: Callable[[], None] | None = None,
     ) -> None:
         self.token_ids: list[int] = []
+        self.cached_tokens = 0  # rows of its prompt that were not read again
         self.finish_reason: FinishReason | None = None
         self.abandoned = False  # set by a reader that went away, perhaps from another thread
         self._end_token_ids = end_token_ids
         self._max_new_tokens = max_new_tokens
         self._stop = stop
         self._on_text = on_text
+        self._on_end = on_end
         self._detokenizer = Detokenizer(tokenizer)
         self._pieces: list[str] = []
         self._held = ""  # may be the beginning of a stop string
@@ -90,6 +94,11 @@ class Completion:
     def text(self) -> str:
         """The text that is certain so far."""
         return "".join(self._pieces)
+
+    @property
+    def streamed(self) -> bool:
+        """Whether somebody wants each piece as soon as it is certain."""
+        return self._on_text is not None
 
     @property
     def finished(self) -> bool:
@@ -101,18 +110,27 @@ class Completion:
         self.token_ids.append(token_id)
         if token_id in self._end_token_ids:
             self._close("stop")
-            return
-        self._take(self._detokenizer.push(token_id))
+        else:
+            self._take(self._detokenizer.push(token_id))
         if not self.finished and len(self.token_ids) >= self._max_new_tokens:
             self._close("length")
+        if self.finished and self._on_end is not None:
+            self._on_end()
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the answer here, if it has not ended: what runs the model gives no further token."""
+        if not self.finished:
+            self._close(reason)
+            if self._on_end is not None:
+                self._on_end()
 
     def _take(self, fresh: str) -> None:
         """Release what is certain of the held and the fresh text; end at the first stop string."""
         text = self._held + fresh
         found = [at for at in map(text.find, self._stop) if at >= 0]
         if found:
-            self.finish_reason = "stop"
             self._release(text[: min(found)])
+            self.finish_reason = "stop"  # only now: another thread may be waiting for it
             return
         certain = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
         self._held = text[certain:]
@@ -121,8 +139,8 @@ class Completion:
     def _close(self, reason: FinishReason) -> None:
         self._take(self._detokenizer.flush())
         if self.finish_reason is None:
-            self.finish_reason = reason
             self._release(self._held)
+            self.finish_reason = reason
 
     def _release(self, text: str) -> None:
         if text:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,19 +12,24 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pic_rag.backbone import Backbone, ModelRef, load_backbone
+from pic_rag.backbone import Backbone, load_backbone
+from pic_rag.batching import Batcher, gather
 from pic_rag.checkpoint import Checkpoint
-from pic_rag.chunking import Segment, fold, place_slots, token_segments
-from pic_rag.config import PicConfig
+from pic_rag.chunking import Segment, fold, place_slots, token_segments, token_windows
+from pic_rag.config import RAW_TEXT, PicConfig
 from pic_rag.encoder import PicEncoder
+from pic_rag.fidelity import FidelityCheck
+from pic_rag.generator import Generator
 from pic_rag.handles import make_handle
-from pic_rag.layout import build_layout
+from pic_rag.ladder import descend
 from pic_rag.memory import Memory, hash_text
+from pic_rag.models import load_models
+from pic_rag.shared import shared_generator
 
 BATCH_SIZE = 8
 """Rows encoded at once; a row holds one full segment or several short ones."""
 
-_LOOKAHEAD_BATCHES = 8  # batches of segments gathered before they are packed: bounds memory, leaves little padding
+_LOOKAHEAD_BATCHES = 8  # full batches of segments gathered before they are packed: bounds memory, leaves little padding
 
 
 class Compressor:
@@ -52,6 +56,7 @@ class Compressor:
         self.checkpoint = checkpoint
         self.name = name
         self.encoder = encoder.eval()
+        self._batcher = Batcher(self.encoder)
         self.tokenizer = tokenizer
         self.config = checkpoint.config
         self.generator = checkpoint.generator
@@ -82,14 +87,9 @@ class Compressor:
             ValueError: when the checkpoint is damaged, or its base model is not the one it was trained on.
         """
         checkpoint = Checkpoint.load(name_or_path)
-        load = partial(load_backbone, device=device, dtype=dtype, attn_implementation=attn_implementation)
-        base = _load_base(load, base_model or checkpoint.base.name)
-        if _digest(base.ref.id) != _digest(checkpoint.base.id):
-            raise ValueError(
-                f"The base model must be {checkpoint.base.id!r}, which this compressor was trained on, got "
-                f"{base.ref.id!r}. Pass the right folder or hub id as base_model."
-            )
-        generator = _load_generator(load, base, checkpoint.generator)
+        base, generator = load_models(
+            checkpoint, base_model, device=device, dtype=dtype, attn_implementation=attn_implementation
+        )
         encoder = PicEncoder(base.model, checkpoint.config, generator.model.get_input_embeddings())
         encoder.load_trained_state(checkpoint.weights)
         encoder.merge_lora()
@@ -173,13 +173,20 @@ class Compressor:
         return self._embedding_weight.device
 
     def handle(self, text: str, ratio: int | None = None) -> str:
-        """The handle that this text's memory has, without compressing it."""
+        """The handle that this text's memory has, without compressing it; at ratio 1 that of the raw text."""
         return make_handle(
             source_hash=hash_text(text),
             fingerprint=self.fingerprint,
-            ratio=self.config.check_ratio(ratio),
+            ratio=RAW_TEXT if ratio == RAW_TEXT else self.config.check_ratio(ratio),
             dtype=self.dtype,
         )
+
+    def ladder(self, ratio: int | None = None) -> tuple[int, ...]:
+        """The ratios that `min_fidelity` tries: those served from `ratio` (None: the highest) down, then raw text."""
+        if ratio == RAW_TEXT:
+            return (RAW_TEXT,)
+        highest = self.config.ratios[-1] if ratio is None else self.config.check_ratio(ratio)
+        return (*(served for served in reversed(self.config.ratios) if served <= highest), RAW_TEXT)
 
     def compress(
         self,
@@ -187,33 +194,56 @@ class Compressor:
         ratio: int | None = None,
         batch_size: int | None = None,
         progress: bool | None = None,
+        *,
+        min_fidelity: float | None = None,
+        generator: Generator | None = None,
     ) -> list[Memory]:
         """Compress texts; the working memory does not grow with their length.
 
         Args:
             texts: one string a document. An empty one becomes an empty memory.
-            ratio: text tokens per memory token; None for the compressor's default.
+            ratio: text tokens per memory token; None for the compressor's default. With `min_fidelity` the highest one
+                to try; None for the highest that is served.
             batch_size: encoder rows computed at once.
             progress: True shows a bar, False none; None shows one on a terminal once it takes over a second.
+            min_fidelity: 0 to 1. Each text gets the highest ratio whose memory is that faithful, as the generator finds
+                (`pic_rag.fidelity`), else raw text: a memory of ratio 1 that holds its token embeddings.
+            generator: the one that checks, for `min_fidelity`; None: `shared_generator(compressor.checkpoint)`, which
+                is loaded unless something in this process shares it already.
 
         Returns:
-            One memory a text, in order, on the CPU: `ceil(text_tokens / ratio)` memory tokens each.
+            One memory a text, in order, on the CPU: `ceil(text_tokens / ratio)` memory tokens each. With `min_fidelity`
+            they carry their `fidelity`; that of raw text is 1, for nothing is lost.
 
         Raises:
-            ValueError: when the compressor does not serve that ratio.
-            TypeError: when a text is not a string.
+            ValueError: when the compressor does not serve that ratio, `min_fidelity` is out of range, or `generator` is
+                another than the memories are made for.
+            TypeError: when a text is not a string, or `generator` does not run in this process.
         """
-        ratio = self.config.check_ratio(ratio)
         rows = _require_batch_size(batch_size)
         texts = _check_texts(texts)
+        if min_fidelity is None:
+            return self._compress(texts, self.config.check_ratio(ratio), rows, progress)
+        check = FidelityCheck(self._checking(generator), self.config.segment_tokens)
+
+        def attempt(numbers: Sequence[int], ratio: int) -> list[Memory]:
+            own = [texts[number] for number in numbers]
+            if ratio == RAW_TEXT:
+                return [self._raw_text(text, check.generator) for text in own]
+            return check.mark(own, self._compress(own, ratio, rows, progress))
+
+        return descend(len(texts), self.ladder(ratio), min_fidelity, attempt)
+
+    def _compress(self, texts: Sequence[str], ratio: int, rows: int, progress: bool | None) -> list[Memory]:
+        """One memory a text, all of one ratio; `rows` encoder rows computed at once."""
         pieces: list[list[torch.Tensor]] = [[] for _ in texts]
         text_tokens = [0] * len(texts)
         characters = sum(map(len, texts))
         with tqdm(total=characters, unit="char", unit_scale=True, desc="compress", delay=1.0,
                   disable=None if progress is None else not progress) as bar:  # fmt: skip
             segments = self._segments(texts, ratio, bar)
-            while batch := list(islice(segments, rows * _LOOKAHEAD_BATCHES)):
-                memories = self._encode([segment for _, segment in batch], rows)
+            for batch in gather(segments, rows * self.config.segment_tokens * _LOOKAHEAD_BATCHES):
+                memories = self._batcher.encode([segment for _, segment in batch], rows)
                 for (number, segment), memory in zip(batch, memories, strict=True):
                     pieces[number].append(memory)
                     text_tokens[number] += len(segment.token_ids)
@@ -231,22 +261,6 @@ class Compressor:
                     yield number, part
             bar.update(len(text))
 
-    @torch.inference_mode()
-    def _encode(self, segments: Sequence[Segment], rows: int) -> list[torch.Tensor]:
-        """`(slots, hidden)` of each segment, on the CPU; about `rows` rows at a time, longest segments first."""
-        order = sorted(range(len(segments)), key=lambda number: -segments[number].places)
-        full = max(self.config.segment_tokens, segments[order[0]].places)
-        row_places = 0 if self.config.foldable else full  # folded chunks get rows of their own
-        memories: list[torch.Tensor] = [torch.empty(0)] * len(segments)
-        for group in _groups(order, segments, rows * full):
-            own = [segments[number] for number in group]
-            layout = build_layout(own, positions=self.config.positions, row_places=row_places)
-            encoded = self.encoder(layout.to(self.device)).cpu()
-            sizes = [len(segment.chunk) for segment in own]
-            for number, memory in zip(group, encoded.split(sizes), strict=True):
-                memories[number] = memory
-        return memories
-
     def _memory(self, text: str, ratio: int, text_tokens: int, pieces: list[torch.Tensor]) -> Memory:
         empty = torch.empty((0, self.hidden), dtype=self._embedding_weight.dtype)
         return Memory(
@@ -259,45 +273,33 @@ class Compressor:
             generator=self.generator.id,
         )
 
+    @torch.inference_mode()
+    def _raw_text(self, text: str, generator: Generator) -> Memory:
+        """The text as the generator's own token embeddings, which it reads as the text."""
+        embed = generator.model.get_input_embeddings()
+        windows = [torch.from_numpy(ids) for ids in token_windows(text, generator.tokenizer)]
+        pieces = [embed(ids.to(generator.model.device)).to("cpu", self._embedding_weight.dtype) for ids in windows]
+        return replace(self._memory(text, RAW_TEXT, sum(map(len, windows)), pieces), fidelity=1.0)
+
+    def _checking(self, generator: Generator | None) -> Generator:
+        """The generator that reads this compressor's memories: the one given, or the process's."""
+        if generator is None:
+            return shared_generator(self.checkpoint)
+        if not isinstance(generator, Generator):
+            raise TypeError(
+                f"generator must be a Generator that runs in this process, got {type(generator).__name__}. "
+                "Leave min_fidelity out, or pass Generator.from_checkpoint(compressor.checkpoint)."
+            )
+        if generator.model_id != self.generator.id:
+            raise ValueError(
+                f"generator must be {self.generator.id!r}, which the compressor makes memories for, got "
+                f"{generator.model_id!r}. Pass Generator.from_checkpoint(compressor.checkpoint)."
+            )
+        return generator
+
     @property
     def _embedding_weight(self) -> torch.Tensor:
         return self.encoder.token_embedding_weight
-
-
-def _groups(order: Sequence[int], segments: Sequence[Segment], places: int) -> Iterator[list[int]]:
-    """Runs of `order` whose segments take at most that many places together (one segment at least)."""
-    group: list[int] = []
-    used = 0
-    for number in order:
-        if group and used + segments[number].places > places:
-            yield group
-            group, used = [], 0
-        group.append(number)
-        used += segments[number].places
-    yield group
-
-
-def _load_base(load: Callable[..., Backbone], name_or_path: str | Path) -> Backbone:
-    try:
-        return load(name_or_path)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"The base model must be a folder or a hub id, got {str(name_or_path)!r}: {error} "
-            "Pass the folder or hub id it is at now as base_model."
-        ) from error
-
-
-def _load_generator(load: Callable[..., Backbone], base: Backbone, generator: ModelRef) -> Backbone:
-    digest = _digest(generator.id).partition("+")[0]  # without its reader's
-    if digest == _digest(base.ref.id):
-        return base
-    loaded = load(generator.name)
-    if _digest(loaded.ref.id) != digest:
-        raise ValueError(
-            f"The generator must be {generator.id!r}, which this compressor writes memories for, got "
-            f"{loaded.ref.id!r}. Put the right model at {generator.name!r}."
-        )
-    return loaded
 
 
 def _check_texts(texts: Iterable[str]) -> list[str]:
@@ -323,10 +325,6 @@ def _require_batch_size(batch_size: int | None) -> int:
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size must be a whole number of 1 or more, got {batch_size!r}.")
     return batch_size
-
-
-def _digest(identity: str) -> str:
-    return identity.rpartition("@")[2]
 
 
 def _name(model: PreTrainedModel) -> str:

@@ -12,6 +12,9 @@ TextScope = Literal["segment", "chunk"]
 MemoryScope = Literal["chunk", "chunk+past", "segment"]
 SlotPositions = Literal["spread", "append"]
 
+RAW_TEXT = 1
+"""The ratio of a memory that is the text itself: the generator's own token embeddings. No compressor serves it."""
+
 PRESETS: dict[str, dict[str, str]] = {
     "pic": {"text_scope": "segment", "memory_scope": "chunk+past", "positions": "spread"},
     "local": {"text_scope": "chunk", "memory_scope": "chunk", "positions": "spread"},
@@ -50,6 +53,8 @@ class PicConfig:
         for name in ("ratio", "slots_per_chunk", "segment_tokens", "lora_alpha"):
             _require_positive(name, getattr(self, name))
         for ratio in self.ratios:
+            if ratio == RAW_TEXT:
+                raise ValueError(f"ratios must be 2 or more, got {self.ratios}. Ratio 1 is the text itself.")
             if self.segment_tokens % ratio:
                 raise ValueError(
                     f"segment_tokens must be a multiple of every ratio, got segment_tokens={self.segment_tokens} "

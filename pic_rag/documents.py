@@ -49,7 +49,7 @@ class Document:
         id: 32 hex digits; see `from_text`.
         text: the whole text.
         source: where it comes from, such as a path, for messages and citations.
-        metadata: anything else worth keeping; JSON values.
+        metadata: anything else worth keeping; JSON values. `path` is the file it was loaded from.
     """
 
     id: str
@@ -92,7 +92,7 @@ def load_documents(
     Args:
         paths: one path or many.
         on_error: `"skip"` collects problems and goes on, `"raise"` stops at the first.
-        progress: show a progress bar; `None` shows it on a terminal only.
+        progress: show a progress bar; `None` shows one on a terminal once it takes over a second.
 
     Raises:
         DocumentError: with `on_error="raise"`, for the first file that cannot become a document.
@@ -102,12 +102,13 @@ def load_documents(
         raise ValueError(f"on_error must be 'skip' or 'raise', got {on_error!r}.")
     roots = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     loaded = LoadedDocuments(documents=[], problems=[])
-    found = list(_walk(roots))
-    for item in tqdm(found, desc="Loading documents", unit="file", disable=None if progress is None else not progress):
+    found = list(find_documents(roots))
+    hidden = None if progress is None else not progress
+    for item in tqdm(found, desc="Loading documents", unit="file", delay=1.0, disable=hidden):
         try:
             if isinstance(item, DocumentError):
                 raise item
-            loaded.documents.append(_load(item))
+            loaded.documents.append(load_document(item))
         except DocumentError as problem:
             if on_error == "raise":
                 raise
@@ -116,10 +117,10 @@ def load_documents(
     return loaded
 
 
-def _walk(roots: Iterable[str | os.PathLike[str]]) -> Iterator[Path | DocumentError]:
-    """Yield each file once, and an error for each path that leads to none."""
+def find_documents(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path | DocumentError]:
+    """Yield each file that `load_documents` would load, once, and an error for each folder that leads to none."""
     seen: set[str] = set()
-    for root in (Path(os.path.normpath(root)) for root in roots):
+    for root in (Path(os.path.normpath(path)) for path in paths):
         for item in _walk_folder(root) if root.is_dir() else (root,):
             if isinstance(item, DocumentError):
                 yield item
@@ -145,7 +146,12 @@ def _walk_folder(root: Path) -> list[Path | DocumentError]:
     return sorted(found, key=lambda item: item.path if isinstance(item, DocumentError) else _label(item))
 
 
-def _load(path: Path) -> Document:
+def load_document(path: Path) -> Document:
+    """Load one file.
+
+    Raises:
+        DocumentError: it cannot become a document.
+    """
     source = _label(path)
     suffix = path.suffix.lower()
     if not path.exists():
@@ -164,7 +170,8 @@ def _load(path: Path) -> Document:
         raise DocumentError(source, "be readable", _reason(error), "Check the file and its permissions.") from error
     if not text.strip():
         raise DocumentError(source, "hold text", "white space only", "Fill or remove it.")
-    return Document.from_text(text, source=source, metadata=metadata)
+    where = str(path.parent.resolve() / path.name)
+    return Document.from_text(text, source=source, metadata={"path": where, **metadata})
 
 
 def _label(path: Path) -> str:

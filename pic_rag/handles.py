@@ -22,27 +22,31 @@ _OPENING = re.compile(r"\[\[pic:")
 _ESCAPED_OPENING = re.compile(r"\[\[pic::")
 
 
+_REMEDY = (
+    "Pass the memory it stands for, compress its document again, "
+    "or escape it with escape_handles if it is part of a text."
+)
+
+
 class UnknownHandleError(KeyError):
     """A handle stands in a prompt, but no memory or text was given for it.
 
     Args:
         handle: The handle nobody knows.
         known_handles: How many handles were known where it was looked up.
+        remedy: What to do about it, in one sentence.
     """
 
-    def __init__(self, handle: str, known_handles: int) -> None:
-        """Keep both parts, so that the error survives pickling between processes."""
-        super().__init__(handle, known_handles)
+    def __init__(self, handle: str, known_handles: int, remedy: str = _REMEDY) -> None:
+        """Keep all parts, so that the error survives pickling between processes."""
+        super().__init__(handle, known_handles, remedy)
         self.handle = handle
         self.known_handles = known_handles
+        self.remedy = remedy
 
     def __str__(self) -> str:
         """The message itself: `KeyError` would show its `repr`."""
-        return (
-            f"handle must be one of the {self.known_handles} known here, got {self.handle}. "
-            "Pass the memory it stands for, compress its document again, "
-            "or escape it with escape_handles if it is part of a text."
-        )
+        return f"handle must be one of the {self.known_handles} known here, got {self.handle}. {self.remedy}"
 
 
 def make_handle(*, source_hash: str, fingerprint: str, ratio: int, dtype: str) -> str:

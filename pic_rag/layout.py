@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
@@ -46,22 +47,36 @@ class Layout:
         return Layout(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
 
 
+def fit(lengths: Sequence[int], row_places: int, most_rows: int) -> dict[int, tuple[int, int]]:
+    """The (row, first place) of each length that finds room, longest first, each into the fullest row it fits in.
+
+    >>> fit([3, 5, 2, 4], row_places=5, most_rows=2)
+    {1: (0, 0), 3: (1, 0)}
+    """
+    rooms: list[tuple[int, int]] = []  # (places left, row), the fullest row first
+    rows = 0
+    spots = {}
+    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        at = bisect_left(rooms, (lengths[number],))
+        if at < len(rooms):
+            left, row = rooms.pop(at)
+        elif rows < most_rows:
+            left, row, rows = row_places, rows, rows + 1
+        else:
+            continue
+        spots[number] = (row, row_places - left)
+        insort(rooms, (left - lengths[number], row))
+    return spots
+
+
 def pack(lengths: Sequence[int], row_places: int) -> list[tuple[int, int]]:
-    """The (row, first place) of each length, longest first into the first row with room for it.
+    """The (row, first place) of each length, in as many rows as it takes.
 
     >>> pack([3, 5, 2], row_places=5)
     [(1, 0), (0, 0), (1, 3)]
     """
-    used: list[int] = []
-    spots = [(0, 0)] * len(lengths)
-    for number in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
-        length = lengths[number]
-        row = next((row for row, taken in enumerate(used) if taken + length <= row_places), len(used))
-        if row == len(used):
-            used.append(0)
-        spots[number] = (row, used[row])
-        used[row] += length
-    return spots
+    spots = fit(lengths, row_places, most_rows=len(lengths))
+    return [spots[number] for number in range(len(lengths))]
 
 
 def build_layout(segments: Sequence[Segment], *, positions: str, row_places: int = 0) -> Layout:

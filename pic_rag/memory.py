@@ -58,6 +58,7 @@ class Memory:
         source: Label of the document for messages, such as its file name; not kept at rest.
         dtype: Compute dtype the compressor made it in, such as ``"bfloat16"``; part of the handle, so it outlives
             quantisation. Defaults to the dtype of the embeddings.
+        fidelity: How much of the text the memory keeps, 0 to 1 (`pic_rag.fidelity`); None where nobody has checked.
 
     Raises:
         TypeError: The embeddings are not a floating-point tensor.
@@ -73,6 +74,7 @@ class Memory:
     source: str | None = None
     _: KW_ONLY
     dtype: str = ""
+    fidelity: float | None = None
 
     def __post_init__(self) -> None:
         """Check every field once, where the memory is made."""
@@ -86,6 +88,8 @@ class Memory:
             raise ValueError(f"text_tokens must be at least 0, got {self.text_tokens}.")
         if self.ratio < 1:
             raise ValueError(f"ratio must be at least 1, got {self.ratio}.")
+        if self.fidelity is not None and not 0 <= self.fidelity <= 1:
+            raise ValueError(f"fidelity must be from 0 to 1, or None, got {self.fidelity}.")
         if not self.dtype:
             object.__setattr__(self, "dtype", str(self.embeddings.dtype).removeprefix("torch."))
         _resolve_dtype(self.dtype)
@@ -140,6 +144,8 @@ class Memory:
             "text_tokens": str(self.text_tokens),
             "generator": self.generator,
         }
+        if self.fidelity is not None:
+            metadata["fidelity"] = repr(self.fidelity)
         metadata["checksum"] = _checksum(metadata, tensors)
         return safetensors.torch.save(tensors, metadata)
 
@@ -169,6 +175,7 @@ class Memory:
                 generator=metadata["generator"],
                 source=source,
                 dtype=metadata["dtype"],
+                fidelity=float(metadata["fidelity"]) if "fidelity" in metadata else None,
             )
         except (ValueError, TypeError, RuntimeError) as error:
             raise _format_error(source, f"be consistent with its own metadata, got: {error}") from error

@@ -1,10 +1,18 @@
-"""The prompt of a retrieval-augmented question, the same for memories and for text. Standard library only."""
+"""The prompts: of a retrieval-augmented question, the same for memories and text, and of a reconstruction.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 INSTRUCTION = "Use the documents to answer the question in a few words."
+
+
+def repeat_messages(document: str) -> list[dict[str, str]]:
+    """One chat message that asks for a document (a handle) word for word: compressors are trained and checked on it."""
+    return [{"role": "user", "content": f"{document}\n\nRepeat the document word for word."}]
 
 
 def rag_messages(question: str, passages: Sequence[str]) -> list[dict[str, str]]:

@@ -10,8 +10,9 @@ import gzip
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -101,6 +102,11 @@ def read_questions(source: str | Path, *, gold_only: bool = False) -> Iterator[Q
         yield replace(question, contexts=gold) if gold_only else question
     if unanswerable:
         logger.warning("%s: %d questions without an answer were skipped.", source, unanswerable)
+
+
+def pick(questions: Iterable[Question], *, every: int = 1, offset: int = 0, limit: int | None = None) -> list[Question]:
+    """A slice that two numbers name: one question of `every`, after the first `offset`, at most `limit` of them."""
+    return list(islice(islice(questions, offset, None, every), limit))
 
 
 def read_rows(source: str | Path) -> Iterator[Row]:

@@ -15,7 +15,7 @@ import torch
 from pic_rag import embedded
 from pic_rag.compressor import Compressor
 from pic_rag.documents import Document, DocumentError, load_documents
-from pic_rag.generator import Generator
+from pic_rag.generator import BaseGenerator, Generator
 from pic_rag.handles import escape_handles
 from pic_rag.memory import Memory
 from pic_rag.prompts import rag_messages
@@ -35,7 +35,9 @@ class RetrievedDocument:
         score: cosine similarity to the question, -1 to 1.
         text_tokens: tokens of its text.
         memory_tokens: memory tokens it became; 0 when the generator did not read memories.
-        handle: the memory's handle; None likewise.
+        ratio: text tokens per memory token; 1 for raw text; None when the generator did not read memories.
+        fidelity: how much of the text the memory keeps, 0 to 1; None where nobody has checked.
+        handle: the memory's handle; None when the generator did not read memories.
         cached: whether the memory came from the store.
         text: the passage.
         source: the file or label it came from.
@@ -45,6 +47,8 @@ class RetrievedDocument:
     score: float
     text_tokens: int
     memory_tokens: int
+    ratio: int | None
+    fidelity: float | None
     handle: str | None
     cached: bool
     text: str
@@ -99,7 +103,7 @@ class PicRag:
         self,
         retriever: Retriever,
         compressor: Compressor,
-        generator: Generator,
+        generator: BaseGenerator,
         *,
         store: MemoryStore | None = None,
         namespace: str = "default",
@@ -179,13 +183,24 @@ class PicRag:
         )
 
     def add(self, documents: Iterable[Document], *, progress: bool | None = None) -> int:
-        """Index documents; those already there are skipped. Returns the number of new passages."""
+        """Index documents, in place of what was indexed from the same sources. Returns the number of new passages."""
         return self.retriever.add(documents, progress=progress)
 
     def add_files(self, paths: Sequence[str | Path], *, progress: bool | None = None) -> list[DocumentError]:
-        """Index text, Markdown and PDF files and folders of them; returns what could not be read, and why."""
+        """Index text, Markdown and PDF files and folders of them; returns what could not be read, and why.
+
+        The index then says what these paths say now: a changed file is indexed again, and one that was indexed before
+        but is gone or cannot be read any more is forgotten.
+        """
         loaded = load_documents(paths, progress=progress)
         self.add(loaded.documents, progress=progress)
+        known = {document.source for document in loaded.documents}
+        roots = [Path(path).resolve() for path in paths]
+        self.retriever.remove(
+            passage.source
+            for passage in self.retriever.passages
+            if passage.source not in known and _is_under(passage.metadata.get("path"), roots)
+        )
         return loaded.problems
 
     def ask(
@@ -194,6 +209,7 @@ class PicRag:
         *,
         top_k: int = 3,
         ratio: int | None = None,
+        min_fidelity: float | None = None,
         mode: Mode = "pic",
         max_new_tokens: int = 64,
         progress: bool | None = None,
@@ -203,7 +219,9 @@ class PicRag:
         Args:
             question: what to ask.
             top_k: passages shown to the generator, at most.
-            ratio: text tokens per memory token; None for the compressor's default.
+            ratio: text tokens per memory token; None for the compressor's default. With `min_fidelity` the highest one
+                to try; None for the highest that is served.
+            min_fidelity: 0 to 1: each passage gets the highest ratio whose memory is that faithful, else its raw text.
             mode: "pic" reads memories, "text" the full text, "truncate" text cut to as many tokens as the memories
                 have, "none" nothing: the baselines to compare with.
             max_new_tokens: longest answer.
@@ -213,7 +231,13 @@ class PicRag:
             ValueError: when the question is empty, or a setting is out of range.
         """
         stream = self.stream(
-            question, top_k=top_k, ratio=ratio, mode=mode, max_new_tokens=max_new_tokens, progress=progress
+            question,
+            top_k=top_k,
+            ratio=ratio,
+            min_fidelity=min_fidelity,
+            mode=mode,
+            max_new_tokens=max_new_tokens,
+            progress=progress,
         )
         while True:
             try:
@@ -227,6 +251,7 @@ class PicRag:
         *,
         top_k: int = 3,
         ratio: int | None = None,
+        min_fidelity: float | None = None,
         mode: Mode = "pic",
         max_new_tokens: int = 64,
         progress: bool | None = None,
@@ -236,15 +261,15 @@ class PicRag:
             raise ValueError(f"question must hold at least one word, got {question!r}.")
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
-        ratio = self.compressor.config.check_ratio(ratio)
+        single = self.compressor.config.check_ratio(ratio)
         watch = _Watch()
         hits = self.retriever.search(question, top_k)
         watch.lap("retrieve")
-        documents, memories = self._read(hits, ratio, mode, progress)
+        documents, memories = self._read(hits, ratio, min_fidelity, mode, progress)
         watch.lap("compress")
         asked = escape_handles(question)
         stream = self.generator.stream(
-            rag_messages(asked, self._shown(documents, ratio, mode)), memories, max_new_tokens=max_new_tokens
+            rag_messages(asked, self._shown(documents, single, mode)), memories, max_new_tokens=max_new_tokens
         )
         while True:
             try:
@@ -254,7 +279,7 @@ class PicRag:
                 break
             watch.first_token()
             yield piece
-        full_text = rag_messages(asked, self._shown(documents, ratio, "text"))
+        full_text = rag_messages(asked, self._shown(documents, single, "text"))
         latency_ms = watch.finish()
         return Answer(
             answer=generation.text.strip(),
@@ -267,14 +292,22 @@ class PicRag:
         )
 
     def _read(
-        self, hits: Sequence[Hit], ratio: int, mode: Mode, progress: bool | None
+        self, hits: Sequence[Hit], ratio: int | None, min_fidelity: float | None, mode: Mode, progress: bool | None
     ) -> tuple[list[RetrievedDocument], list[Memory]]:
         """The passages found, and in mode "pic" their memories: from the store, else compressed now."""
         texts = [hit.passage.text for hit in hits]
         if mode != "pic":
             return [self._document(hit, None, cached=False) for hit in hits], []
         ids = [hit.passage.id for hit in hits]
-        memories, cached = self.cache.get_or_compress(texts, self.compressor, ratio, sources=ids, progress=progress)
+        memories, cached = self.cache.get_or_compress(
+            texts,
+            self.compressor,
+            ratio,
+            sources=ids,
+            progress=progress,
+            min_fidelity=min_fidelity,
+            generator=self.generator,
+        )
         documents = [
             self._document(hit, memory, cached=known) for hit, memory, known in zip(hits, memories, cached, strict=True)
         ]
@@ -287,6 +320,8 @@ class PicRag:
             score=hit.score,
             text_tokens=memory.text_tokens if memory else len(self._token_ids(text)),
             memory_tokens=memory.memory_tokens if memory else 0,
+            ratio=memory.ratio if memory else None,
+            fidelity=memory.fidelity if memory else None,
             handle=memory.handle if memory else None,
             cached=cached,
             text=text,
@@ -311,6 +346,11 @@ class PicRag:
 
     def _token_ids(self, text: str) -> list[int]:
         return list(self.generator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _is_under(path: str | None, roots: Sequence[Path]) -> bool:
+    """Whether a passage came from a file in one of these folders, or from one of these files."""
+    return path is not None and any(Path(path).is_relative_to(root) for root in roots)
 
 
 class _Watch:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, cast
 
 from transformers import PreTrainedModel
 
+from pic_rag.quiet import quiet_loading
+
 if TYPE_CHECKING:
     from peft import LoraModel
 
@@ -51,7 +53,8 @@ def _load(model: PreTrainedModel, folder: Path) -> LoraModel:
         raise ValueError(f"reader must be a LoRA, got {kind} in {str(folder)!r}. Train the reader as a LoRA.")
     try:
         # In the model's own dtype: peft would keep a bfloat16 adapter in float32 and cast at every layer.
-        adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
+        with quiet_loading():
+            adapted = PeftModel.from_pretrained(model, folder, autocast_adapter_dtype=False).eval()
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"reader must fit the generator's layers, got {str(folder)!r}: {error} "

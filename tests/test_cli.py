@@ -20,11 +20,11 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from pic_rag.cli import ask, main
-from pic_rag.cli.train import CONFIGS, find
 from pic_rag.compressor import Compressor
 from pic_rag.config import PicConfig
-from pic_rag.rag import Mode
-from pic_rag.store import MemoryCache, ShardStore, SQLiteStore
+from pic_rag.rag import Mode, PicRag
+from pic_rag.store import STORE_FILE, MemoryCache, ShardStore, SQLiteStore
+from pic_rag.training.config import CONFIGS, find_config
 
 TEXTS = {
     "frogs.md": "Glass frogs hide their red blood in the liver while they sleep.",
@@ -32,7 +32,7 @@ TEXTS = {
     "bread.md": "The starter is fed every morning with flour and water.",
 }
 QUESTION = "Where do frogs hide blood?"
-COMMANDS = ("fetch", "demo", "ask", "compress", "inspect", "train", "eval")
+COMMANDS = ("fetch", "demo", "ask", "compress", "inspect", "train", "eval", "bench", "report", "study")
 HEAVY = ("torch", "transformers", "numpy", "faiss", "sentence_transformers", "matplotlib")
 
 
@@ -104,6 +104,7 @@ def test_help_answers_without_a_heavy_import() -> None:
         ["ask", QUESTION],
         ["ask", QUESTION, "--docs", "a.md", "--mode", "song"],
         ["ask", QUESTION, "--docs", "a.md", "--ratio", "0"],
+        ["ask", QUESTION, "--docs", "a.md", "--min-fidelity", "1.5"],
         ["compress", "--docs", "a.md"],
         ["train", "run.yaml", "--minutes", "-1"],
         ["eval", "--data", "q.jsonl", "--json", "o.json", "--ratios", "4,many"],
@@ -198,7 +199,7 @@ def test_ask_json_is_one_object_with_exactly_these_keys(docs, options, capsys) -
         "answer", "documents", "prompt_tokens", "text_prompt_tokens", "latency_ms", "model", "compressor",
     }  # fmt: skip
     assert set(values["latency_ms"]) == {"retrieve", "compress", "first_token", "total"}
-    keys = {"id", "score", "text_tokens", "memory_tokens", "handle", "cached"}
+    keys = {"id", "score", "text_tokens", "memory_tokens", "ratio", "fidelity", "handle", "cached"}
     assert [set(document) for document in values["documents"]] == [keys, keys]
     assert values["documents"][0]["memory_tokens"] == 8
     assert values["prompt_tokens"] < values["text_prompt_tokens"]
@@ -216,6 +217,22 @@ def test_an_index_is_made_used_and_extended(docs, options, tmp_path, capsys) -> 
     assert used == [{**made[0], "cached": True}]
     assert [document["cached"] for document in extended] == [True, False, False]
     assert all(document["cached"] for document in documents("--device", "cpu", "--dtype", "float32"))
+
+
+def test_an_index_forgets_what_a_changed_and_a_removed_file_said(docs, options, tmp_path, capsys) -> None:
+    index = str(tmp_path / "index")
+
+    def cached_by_id(*arguments) -> dict[str, bool]:
+        main(["ask", QUESTION, *arguments, "--index", index, "--top-k", "9", "--json", *options])
+        return {found["id"]: found["cached"] for found in json.loads(capsys.readouterr().out)["documents"]}
+
+    before = cached_by_id("--docs", str(docs))
+    (docs / "frogs.md").write_text("Frogs hide in the port.")
+    (docs / "trams.md").unlink()
+    after = cached_by_id("--docs", str(docs))
+    assert (len(before), len(after)) == (3, 2)
+    assert after == {found: found in before for found in after}
+    assert cached_by_id() == dict.fromkeys(after, True)
 
 
 def test_a_file_that_cannot_be_read_is_named_and_stops_nothing(docs, options, capsys) -> None:
@@ -261,10 +278,12 @@ def test_compress_fills_a_store_that_the_library_reads(
     text_tokens = sum(len(text) for text in TEXTS.values())
     memory_tokens = sum(memory.memory_tokens for memory in memories)
     size_bytes = store.stat().st_size if store.is_file() else sum(file.stat().st_size for file in store.iterdir())
+    stored_bytes = sum(map(len, cache.store.mget(list(cache.store.yield_keys()))))
     lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
     assert lines == [
-        "documents 3 compressed, 0 there already",
+        "documents 3 compressed, 0 there already, 0 repeated, 0 skipped",
         f"tokens {text_tokens} of text -> {memory_tokens} of memory (3.9x)",
+        f"at rest {stored_bytes / 3:,.0f} bytes a memory in bf16",
         f"on disk {text_tokens} bytes of text -> {size_bytes:,} bytes in {store}",
     ]
 
@@ -278,6 +297,24 @@ def test_compress_goes_on_where_it_stopped(docs, options, tmp_path, capsys) -> N
     counts = re.findall(r"(\d) compressed, (\d) there already", capsys.readouterr().out)
     assert counts == [("1", "0"), ("2", "1"), ("0", "3")]
     assert sorted((tmp_path / "shards").iterdir()) == shards
+
+
+def test_ask_compresses_nothing_after_compress_split(docs, options, folder, tmp_path, capsys) -> None:
+    """In an index folder, and in a folder of shards that the library is given as its store."""
+    (docs / "long.md").write_text(
+        "\n\n".join(f"Glass frogs, part {number}. " + "They sleep. " * 40 for number in "1234")
+    )
+    index = tmp_path / "index"
+    for out in (index / STORE_FILE, tmp_path / "shards"):
+        assert main(["compress", "--docs", str(docs), "--split", "--out", str(out), *options]) == 0
+    assert "passages   7 compressed" in capsys.readouterr().out
+    assert main(["ask", QUESTION, "--docs", str(docs), "--index", str(index), "--json", "--top-k", "9", *options]) == 0
+    assert [one["cached"] for one in json.loads(capsys.readouterr().out)["documents"]] == [True] * 7
+    rag = PicRag.from_pretrained(
+        folder / "compressor", store=ShardStore(tmp_path / "shards"), device="cpu", dtype="float32"
+    )
+    rag.add_files([docs])
+    assert [document.cached for document in rag.ask(QUESTION, top_k=9).documents] == [True] * 7
 
 
 def test_compress_keeps_less_at_a_lower_precision(docs, options, tmp_path) -> None:
@@ -351,10 +388,10 @@ def test_train_runs_a_configuration_and_names_the_compressor(folder, tmp_path, d
 
 def test_a_shipped_configuration_goes_by_its_name_unless_a_file_has_it(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert find("smoke") == CONFIGS / "smoke.yaml"
-    assert find("smoke").is_file()
+    assert find_config("smoke") == CONFIGS / "smoke.yaml"
+    assert find_config("smoke").is_file()
     Path("smoke").write_text("out: mine")
-    assert find("smoke") == Path("smoke")
+    assert find_config("smoke") == Path("smoke")
 
 
 def test_train_names_what_is_wrong_with_a_configuration(tmp_path, capsys) -> None:
@@ -375,18 +412,47 @@ def test_eval_scores_systems_and_writes_the_report(options, tmp_path, capsys) ->
     ]  # fmt: skip
     assert set(report["rows"][0]) == {
         "system", "ratio", "n", "f1", "em", "contains_answer", "agreement", "prompt_tokens_mean", "text_tokens_mean",
-        "seconds",
+        "too_long", "document_bytes_mean", "seconds",
     }  # fmt: skip
     assert {"config", "versions"} < set(report)
     table = capsys.readouterr().out.splitlines()
     assert [row[: row.index(" |")].rstrip() for row in table] == [
         "| system",
-        "| ---",
+        "| ------",
         "| pic",
         "| pic",
         "| text",
         "| none",
     ]
+
+
+def test_eval_says_in_the_report_which_questions_were_asked_with_which_documents(options, tmp_path, capsys) -> None:
+    contexts = [{"title": name, "text": text, "is_gold": name == "frogs.md"} for name, text in TEXTS.items()]
+    line = {"question": QUESTION, "answers": ["the liver"], "contexts": contexts, "rationale": "In the liver. #### 1"}
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"id": str(n), **line}) + "\n" for n in range(6)))
+
+    def evaluated(*chosen: str) -> tuple[dict, dict]:
+        command = ["eval", "--data", str(tmp_path / "q.jsonl"), "--json", str(tmp_path / "r.json"), "--systems", "text"]
+        assert main([*command, "--ratios", "4", "--max-new-tokens", "2", *chosen, *options]) == 0
+        report = json.loads((tmp_path / "r.json").read_text())
+        return report["config"], report["rows"][0]
+
+    config, whole = evaluated("--every", "2", "--offset", "1")
+    assert whole["n"] == 3
+    assert config["data"] == {
+        "file": "q.jsonl", "every": 2, "offset": 1, "limit": None, "gold_only": False, "retrieve": None,
+    }  # fmt: skip
+    config, gold = evaluated("--gold-only", "--limit", "2")
+    assert gold["n"] == 2
+    assert gold["prompt_tokens_mean"] < whole["prompt_tokens_mean"]
+    config, found = evaluated("--retrieve", "1", "--limit", "2")
+    assert (config["data"]["passages"], config["data"]["recall"]) == (3, 1.0)
+    assert found["prompt_tokens_mean"] == gold["prompt_tokens_mean"]
+    config, solved = evaluated(
+        "--task", "gsm8k", "--examples", str(tmp_path / "q.jsonl"), "--shots", "2", "--limit", "1"
+    )
+    assert (config["task"], config["data"]["examples"], config["data"]["shots"]) == ("gsm8k", "q.jsonl", 2)
+    assert solved["text_tokens_mean"] == 2 * len(f"Question: {QUESTION}\nAnswer: In the liver. #### 1")
 
 
 def test_eval_refuses_a_system_it_does_not_know(options, tmp_path, capsys) -> None:
@@ -431,3 +497,37 @@ def test_the_command_line_leaves_logging_as_it_was(docs, options) -> None:
     before = (logger.level, list(logger.handlers))
     main(["ask", QUESTION, "--docs", str(docs), "/nowhere.md", "--quiet", *options])
     assert (logger.level, logger.handlers) == before
+
+
+def test_ask_with_a_floor_reads_what_is_faithful_enough(docs, tmp_path, options, capsys) -> None:
+    ask = ["ask", QUESTION, "--docs", str(docs), "--index", str(tmp_path / "index"), "--json", "--max-new-tokens", "4"]
+    for floor, ratio in (("0", 8), ("1", 1)):
+        assert main([*ask, "--min-fidelity", floor, *options]) == 0
+        documents = json.loads(capsys.readouterr().out)["documents"]
+        assert [document["ratio"] for document in documents] == [ratio] * len(TEXTS)
+        assert all(document["fidelity"] >= float(floor) for document in documents)
+        assert [document["memory_tokens"] for document in documents] == [
+            -(-document["text_tokens"] // ratio) for document in documents
+        ]
+
+
+def test_eval_with_floors_compares_mixed_ratios_with_single_ones(tmp_path, options, capsys) -> None:
+    lines = [
+        {"id": name, "question": QUESTION, "answers": ["x"], "contexts": [{"title": "", "text": text, "is_gold": True}]}
+        for name, text in TEXTS.items()
+    ]
+    data, out = tmp_path / "questions.jsonl", tmp_path / "fidelity.json"
+    data.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    floors = ["--ratios", "4,8", "--floors", "0,1", "--max-new-tokens", "4"]
+    assert main(["eval", "--data", str(data), "--json", str(out), *floors, *options]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("| ratio | floor | F1 |")
+    assert printed.endswith("AUROC over all ratios: -\n")  # no answer is right
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["ratio"], row["min_fidelity"]) for row in rows] == [
+        (8, None),
+        (4, None),
+        (1, None),
+        (None, 0.0),
+        (None, 1.0),
+    ]

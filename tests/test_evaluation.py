@@ -14,19 +14,23 @@ from peft import LoraConfig, get_peft_model
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from torchmetrics.functional.text import squad
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pic_rag.backbone import ModelRef, load_backbone, reader_id
 from pic_rag.checkpoint import Checkpoint
 from pic_rag.compressor import Compressor
 from pic_rag.config import PicConfig
+from pic_rag.evaluation.lingua import LinguaError
 from pic_rag.evaluation.metrics import agreement, f1
+from pic_rag.evaluation.retrieval import retrieve
 from pic_rag.evaluation.runner import Report, evaluate
 from pic_rag.evaluation.shortening import Shortener
-from pic_rag.evaluation.systems import RATIO_SYSTEMS, SYSTEMS, Systems
+from pic_rag.evaluation.systems import AT_REST_SYSTEMS, LINGUA_SYSTEMS, RATIO_SYSTEMS, SYSTEMS, Systems
+from pic_rag.evaluation.tasks import problem_messages, with_examples
 from pic_rag.handles import find_handles
 from pic_rag.prompts import rag_messages
-from pic_rag.questions import Question, Row, document_text, read_questions
+from pic_rag.questions import Question, Row, document_text, pick, read_questions
 from pic_rag.training.corpora import read_questions as read_training_questions
 
 BEES = {"title": "Bees", "text": "Bees dance to point at flowers. They sleep at night.", "is_gold": True}
@@ -37,6 +41,7 @@ LINES = [
     {"id": "q3", "question": "When do bees sleep?", "answers": ["at night"], "contexts": [BEES]},
 ]
 KEYS = ["system", "ratio", "n", "f1", "em", "contains_answer", "agreement", "prompt_tokens_mean", "text_tokens_mean"]
+KEYS += ["too_long", "document_bytes_mean"]
 MAX_NEW_TOKENS = 8
 
 
@@ -48,6 +53,10 @@ def write_lines(path: Path, lines: Sequence[object]) -> Path:
     data = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines).encode()
     path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
     return path
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +121,7 @@ def systems(compressor: Compressor, embedder: SentenceTransformer) -> Systems:
 
 def run(compressor: Compressor, systems: Sequence[str], ratios: Sequence[int] = (4,), **options) -> Report:
     options = {"max_new_tokens": MAX_NEW_TOKENS, "dtype": "float32", "progress": False} | options
-    return evaluate(ask(), systems, ratios, compressor=compressor, **options)
+    return evaluate(options.pop("questions", ask()), systems, ratios, compressor=compressor, **options)
 
 
 # Reading questions
@@ -253,6 +262,33 @@ def test_extract_puts_sentences_in_the_order_of_the_text_and_leaves_empty_docume
     assert shortener.extract(["Do bees dance?"], [[]], [0]) == [[]]
 
 
+def test_memories_kept_at_less_precision_take_fewer_bytes_and_are_off_by_more(systems: Systems) -> None:
+    exact = systems.show("pic", ask(), 4)
+    size_bytes, error = [], []
+    for system in AT_REST_SYSTEMS:
+        shown = systems.show(system, ask(), 4)
+        assert [one.passages for one in shown] == [one.passages for one in exact]
+        size_bytes.append(systems.document_bytes(system, shown))
+        pairs = [
+            (ours, theirs)
+            for one, two in zip(shown, exact, strict=True)
+            for ours, theirs in zip(one.memories, two.memories, strict=True)
+        ]
+        error.append(sum(float((ours.embeddings - theirs.embeddings).abs().sum()) for ours, theirs in pairs))
+    assert size_bytes[0] > size_bytes[1] > size_bytes[2]
+    assert 0 < error[0] < error[1] < error[2]
+    documents = {memory.handle: memory for one in exact for memory in one.memories}.values()
+    assert size_bytes[1] == sum(len(memory.to_bytes("int8")) for memory in documents) / len(documents)
+    assert systems.document_bytes("pic", exact) is None
+
+
+def test_memories_at_rest_are_read_with_the_reader(compressor_with_reader: Compressor) -> None:
+    rows = run(compressor_with_reader, ["pic", *AT_REST_SYSTEMS]).rows
+    assert rows[0].document_bytes_mean is None
+    assert [row.system for row in rows[1:]] == list(AT_REST_SYSTEMS)
+    assert len({row.prompt_tokens_mean for row in rows}) == 1
+
+
 def test_pool_shows_means_of_token_embeddings(systems: Systems, tiny_model: LlamaForCausalLM) -> None:
     memory = systems.show("pool", ask(LINES[2:]), 4)[0].memories[0]
     ids = torch.tensor(systems.plain.tokenizer(document_text(BEES))["input_ids"])
@@ -291,7 +327,7 @@ def test_the_reader_is_off_for_text_and_on_for_text_with_reader(
 def test_a_row_has_exactly_its_keys_and_systems_without_ratio_have_one_row(
     compressor: Compressor, embedder: SentenceTransformer
 ) -> None:
-    names = [name for name in SYSTEMS if name != "text+reader"]
+    names = [name for name in SYSTEMS if name not in {"text+reader", *LINGUA_SYSTEMS}]
     report = json.loads(json.dumps(run(compressor, names, (4, 16), embedder=embedder).to_dict()))
     assert list(report) == ["rows", "config", "versions"]
     assert all(list(row) == [*KEYS, "seconds"] for row in report["rows"])
@@ -377,3 +413,109 @@ def test_a_handle_in_a_question_is_not_resolved(compressor: Compressor, systems:
     shown = systems.show("none", hostile)
     answers = systems.answer("none", hostile, shown, max_new_tokens=2, batch_size=1)
     assert answers[0].memory_tokens == 0
+
+
+def test_the_rows_are_what_the_official_scorer_says_of_the_runs_own_predictions(
+    compressor: Compressor, tmp_path: Path
+) -> None:
+    run(compressor, ["none"], predictions=tmp_path / "first.jsonl")
+    said = [line["prediction"] for line in read_lines(tmp_path / "first.jsonl")]
+    # A random model answers nonsense: its own words become answers, so that there is something to score.
+    answers = [[said[0], "x"], [f"{said[1]} tail", "y"], ["z"]]
+    asked = ask([{**line, "answers": own} for line, own in zip(LINES, answers, strict=True)])
+    report = run(compressor, ["none", "text"], questions=asked, predictions=tmp_path / "said.jsonl")
+    for row in report.rows:
+        own = [line for line in read_lines(tmp_path / "said.jsonl") if line["system"] == row.system]
+        official = squad(
+            [{"prediction_text": line["prediction"], "id": line["id"]} for line in own],
+            [{"answers": {"answer_start": [0, 0], "text": line["answers"]}, "id": line["id"]} for line in own],
+        )
+        assert 100 * row.f1 == pytest.approx(float(official["f1"]))
+        assert 100 * row.em == pytest.approx(float(official["exact_match"]))
+    assert 0 < report.rows[0].em < report.rows[0].f1 < 1
+
+
+# What is asked, with which documents
+
+
+def test_a_slice_is_named_by_two_numbers() -> None:
+    asked = ask(LINES * 4)
+    assert pick(asked, every=3, offset=1) == [asked[1], asked[4], asked[7], asked[10]]
+    assert pick(asked, every=3, offset=1, limit=2) == [asked[1], asked[4]]
+    assert pick(iter(asked)) == asked
+
+
+def test_a_prompt_that_is_too_long_scores_nothing_and_leaves_the_others_alone(
+    compressor_with_reader: Compressor, tmp_path: Path
+) -> None:
+    systems = ["text", "text+reader", "pic", "truncate"]
+    long = {**LINES[1], "id": "long", "contexts": [{**BEES, "text": "Bees dance. " * 300}]}  # 3,600 of 2,048 tokens
+    alone = {row.system: row for row in run(compressor_with_reader, systems).rows}
+    asked = ask([LINES[0], long, *LINES[1:]])
+    report = run(compressor_with_reader, systems, questions=asked, predictions=tmp_path / "said.jsonl")
+    lines = {line["system"]: line for line in read_lines(tmp_path / "said.jsonl") if line["id"] == "long"}
+    for row in report.rows:
+        fits = row.system in ("pic", "truncate")
+        assert (row.n, row.too_long) == (4, int(not fits))
+        assert (lines[row.system]["prediction"] is not None) is fits
+        assert lines[row.system]["agreement"] is None  # there is no answer from the full text to agree with
+        assert row.agreement == pytest.approx(alone[row.system].agreement)
+        assert 4 * row.f1 == pytest.approx(3 * alone[row.system].f1 + lines[row.system]["f1"])
+        if not fits:
+            assert row.prompt_tokens_mean == alone[row.system].prompt_tokens_mean
+    everything = run(compressor_with_reader, ["text"], questions=ask([long])).rows[0]
+    assert (everything.too_long, everything.agreement, everything.prompt_tokens_mean) == (1, None, None)
+
+
+def test_open_retrieval_searches_all_passages_and_says_how_often_the_gold_ones_were_found(
+    embedder: SentenceTransformer,
+) -> None:
+    found = retrieve(ask(), ask(), 1, embedder=embedder)
+    assert [[context.text[:4] for context in one.contexts] for one in found.questions] == [["Bees"], ["The "], ["Bees"]]
+    # The file calls the bees the gold passage of the tram's question too, and that one was not found.
+    assert [one.contexts[0].is_gold for one in found.questions] == [True, False, True]
+    assert (found.passages, found.recall, found.recall_all) == (2, 2 / 3, 2 / 3)
+    both = ask([{**LINES[0], "contexts": [BEES, {**TRAMS, "is_gold": True}]}])
+    one, two = (retrieve(both, ask(), top_k, embedder=embedder) for top_k in (1, 5))
+    assert (one.recall, one.recall_all, two.recall_all) == (1.0, 0.0, 1.0)
+    assert len(two.questions[0].contexts) == 2
+    with pytest.raises(ValueError, match="pool must hold questions with contexts to search, got none"):
+        retrieve(both, ask([{**LINES[0], "contexts": []}]), 1, embedder=embedder)
+
+
+PROBLEMS = [
+    {"question": "2 + 3?", "answers": ["5"], "rationale": "2 + 3 = <<2+3=5>>5.\n#### 5", "contexts": []},
+    {"question": "4 + 3?", "answers": ["1,007"], "rationale": "4 + 3 = <<4+3=7>>7.\n#### 7", "contexts": []},
+]
+
+
+def test_solved_problems_become_documents_that_are_compressed_and_the_final_number_is_scored(
+    compressor: Compressor, tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "train.jsonl", PROBLEMS)
+    asked = list(with_examples(ask([{**PROBLEMS[1], "id": "p"}]), source, 2))
+    assert [context.document for context in asked[0].contexts] == [
+        "Question: 2 + 3?\nAnswer: 2 + 3 = 5.\n#### 5",
+        "Question: 4 + 3?\nAnswer: 4 + 3 = 7.\n#### 7",
+    ]
+    report = run(compressor, ["pic", "text"], questions=asked, task="gsm8k", predictions=tmp_path / "said.jsonl")
+    assert report.config["task"] == "gsm8k"
+    pic, text = report.rows
+    shown = [context.document for context in asked[0].contexts]
+    length = len(problem_messages("4 + 3?", shown)[0]["content"]) - len(problem_messages("4 + 3?", [])[0]["content"])
+    assert 0 < text.prompt_tokens_mean - pic.prompt_tokens_mean < length
+    with pytest.raises(ValueError, match="shots must be at most the problems of .*, got 3 and 2 problems"):
+        list(with_examples(asked, source, 3))
+    with pytest.raises(ValueError, match="rationale must be a string, got None in .*line 1"):
+        list(with_examples(asked, write_lines(tmp_path / "bare.jsonl", [{"question": "?"}]), 1))
+    with pytest.raises(ValueError, match="task must be one of questions, gsm8k, got 'poetry'"):
+        run(compressor, ["pic"], task="poetry")
+
+
+def test_llmlingua_is_refused_before_anything_is_answered_where_it_is_not_to_be_had(
+    compressor: Compressor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PIC_RAG_LLMLINGUA2", raising=False)
+    with pytest.raises(LinguaError, match="llmlingua2 must be the folder or hub id of a token classifier, got None"):
+        run(compressor, ["text", "llmlingua2"], predictions=tmp_path / "said.jsonl")
+    assert not (tmp_path / "said.jsonl").exists()

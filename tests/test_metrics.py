@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+import torch
+from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.functional.text import squad
 
-from pic_rag.evaluation.metrics import agreement, contains_answer, exact_match, f1, normalise
+from pic_rag.evaluation.metrics import agreement, auroc, contains_answer, exact_match, f1, normalise
 
 WORDS = [
     "The",
@@ -101,3 +103,17 @@ def test_a_score_refuses_one_string_for_a_list_and_an_empty_list(score: object) 
         score("Denver", "Denver")
     with pytest.raises(ValueError, match="answers must hold at least one string"):
         score("Denver", [])
+
+
+@pytest.mark.parametrize("levels", [3, 10**6])
+def test_auroc_is_that_of_torchmetrics_with_ties_and_without(levels: int) -> None:
+    random_numbers = torch.Generator().manual_seed(0)
+    scores = torch.randint(levels, (50,), generator=random_numbers).double() / levels
+    is_positive = torch.rand(50, generator=random_numbers) < 0.4
+    expected = binary_auroc(scores, is_positive.long()).item()
+    assert auroc(scores.tolist(), is_positive.tolist()) == pytest.approx(expected)
+
+
+def test_auroc_of_one_class_is_refused() -> None:
+    with pytest.raises(ValueError, match="is_positive must hold both true and false, got 2 true of 2"):
+        auroc([0.1, 0.2], [True, True])

@@ -87,7 +87,9 @@ def test_the_json_form_has_the_keys_that_scripts_rely_on(rag) -> None:
     assert list(values) == [
         "answer", "documents", "prompt_tokens", "text_prompt_tokens", "latency_ms", "model", "compressor",
     ]  # fmt: skip
-    assert list(values["documents"][0]) == ["id", "score", "text_tokens", "memory_tokens", "handle", "cached"]
+    assert list(values["documents"][0]) == [
+        "id", "score", "text_tokens", "memory_tokens", "ratio", "fidelity", "handle", "cached",
+    ]  # fmt: skip
 
 
 def test_a_second_ask_compresses_nothing_and_is_faster(folder, tmp_path) -> None:
@@ -171,6 +173,25 @@ def test_files_are_added_and_bad_ones_are_named(rag, tmp_path) -> None:
     assert [Path(problem.path).name for problem in problems] == ["bad.txt"]
     assert len(rag.retriever) == 4
     assert rag.add([Document.from_text(TEXTS["frogs.md"], source="frogs.md")]) == 0
+
+
+def test_an_index_says_what_its_files_say_now(folder, tmp_path) -> None:
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    for name, text in TEXTS.items():
+        (docs / name).write_text(text)
+    rag = build(folder, tmp_path / "memories.sqlite", {})
+    rag.add([Document.from_text("The starter is fed by hand.", source="docs/label.md")])
+    rag.add_files([docs])
+    (docs / "frogs.md").write_text("Glass frogs hide in the port.")
+    (docs / "trams.md").unlink()
+    (docs / "bread.md").write_bytes(b"\0")
+    assert [problem.path for problem in rag.add_files([docs])] == [(docs / "bread.md").as_posix()]
+    shown = {document.text for document in rag.ask(QUESTION, top_k=9, max_new_tokens=2).documents}
+    assert shown == {"Glass frogs hide in the port.", "The starter is fed by hand."}
+    rag.add_files([tmp_path / "docs" / ".." / "docs" / "frogs.md"])  # the same file by another name
+    assert [document.text for document in rag.ask(QUESTION, top_k=9, max_new_tokens=2).documents][0] in shown
+    assert len(rag.retriever) == 2
 
 
 def test_an_index_is_the_same_after_save_and_load(rag, folder, tmp_path) -> None:

@@ -79,6 +79,32 @@ def test_adding_a_document_twice_adds_nothing(retriever: Retriever, documents: l
     assert len(retriever.search("frogs", top_k=10)) == 3
 
 
+def test_a_changed_document_replaces_what_it_said_before_and_leaves_the_others(embedder) -> None:
+    words = "hospital port liver frogs night tram starter flour".split()
+    before = "\n\n".join(f"The {word}. " * 3 for word in words)
+    after = before.replace("frogs", "blood")
+    retriever = Retriever(embedder, passage_characters=50, overlap_characters=0)
+    retriever.add([Document.from_text(TEXTS["trams.md"], source="trams.md"), Document.from_text(before, source="a.md")])
+    kept = {passage.text for passage in retriever.passages if "frogs" not in passage.text}
+    changed = Document.from_text(after, source="a.md")
+    assert retriever.add([changed]) == 1
+    assert {passage.text for passage in retriever.passages if "blood" not in passage.text} == kept
+    assert {passage.id.rpartition("-")[0] for passage in retriever.passages if passage.source == "a.md"} == {changed.id}
+    for passage in retriever.passages:  # rows of the index are still the rows of the list
+        assert retriever.search(passage.text, top_k=1)[0].score == pytest.approx(1, abs=1e-5)
+        assert retriever.search(passage.text, top_k=1)[0].passage == passage
+    assert not any("frogs" in hit.passage.text for hit in retriever.search("frogs", top_k=99))
+
+
+def test_a_removed_source_is_not_found_any_more(retriever: Retriever, tmp_path: Path) -> None:
+    assert retriever.remove(["trams.md", "never.md"]) == 1
+    assert {hit.passage.source for hit in retriever.search("hospital tram", top_k=9)} == {"frogs.md", "bread.md"}
+    retriever.save(tmp_path)
+    again = Retriever.load(tmp_path, retriever._model)
+    assert again.passages == retriever.passages
+    assert again.add([Document.from_text(TEXTS["trams.md"], source="trams.md")]) == 1
+
+
 def test_the_same_text_from_two_sources_is_kept_twice(retriever: Retriever) -> None:
     assert retriever.add([Document.from_text(TEXTS["frogs.md"], source="copy.md")]) == 1
 

@@ -6,6 +6,8 @@ import copy
 import dataclasses
 import hashlib
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
+import pic_rag.training
 from pic_rag.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.training.config import Stage, TrainConfig
@@ -133,6 +136,36 @@ def test_the_same_seed_gives_the_same_curve_and_another_seed_another(data, tmp_p
     assert _metrics(tmp_path / "one") != _metrics(tmp_path / "other")
 
 
+def test_stages_may_grow_behind_the_steps_taken_and_nowhere_else(data, tmp_path):
+    def run(*stages):
+        known = [{"steps": steps, "tasks": {task: 1}} for steps, task in stages]
+        train(_config(data, tmp_path, stages=known), progress=False)
+
+    run((2, "continue"), (2, "questions"))
+    for stages in [((2, "continue"), (9, "reconstruct")), ((3, "continue"), (3, "questions")), ((5, "continue"),)]:
+        with pytest.raises(ValueError, match="stages must begin with the 4 steps that the run .* has taken"):
+            run(*stages)
+    run((2, "continue"), (3, "questions"), (1, "reconstruct"))
+    assert [set(line) & {"continue_loss", "questions_loss", "reconstruct_loss"} for line in _metrics(tmp_path)] == [
+        {"continue_loss"},
+        {"continue_loss"},
+        {"questions_loss"},
+        {"questions_loss"},
+        {"questions_loss"},
+        {"reconstruct_loss"},
+    ]
+
+
+def test_every_file_of_a_trained_compressor_has_the_mode_that_new_files_get(data, tmp_path):
+    (tmp_path / "plain").touch()
+    (tmp_path / "folder").mkdir()
+    folder = train(_config(data, tmp_path / "out", steps=1, reader_rank=2), progress=False)
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.name for path in files} >= {"adapter_model.safetensors", "compressor.safetensors"}
+    assert {path.stat().st_mode for path in files} == {(tmp_path / "plain").stat().st_mode}
+    assert (folder / "reader").stat().st_mode == (tmp_path / "folder").stat().st_mode
+
+
 def test_another_configuration_in_the_same_folder_is_an_error(data, tmp_path):
     train(_config(data, tmp_path, steps=1), progress=False)
     with pytest.raises(ValueError, match="out must be a new folder or hold the same run, got .* another configuration"):
@@ -200,6 +233,27 @@ def test_a_held_out_question_or_context_is_dropped_from_training(data, tmp_path,
     held_out = held_out_hashes([str(tmp_path / "held.jsonl")])
     kept = list(keep_training(read_questions(str(data / "questions.jsonl")), held_out))
     assert [record.answers[0] for record in kept] == ["0", "1", "3", "4", "5"]
+
+
+def test_when_all_is_held_out_the_error_says_by_what(data, tmp_path):
+    _write(
+        tmp_path / "held.jsonl",
+        [
+            {"question": "Which number had bell 2?"},
+            *({"contexts": [{"text": f"Bell {number} rang late."}]} for number in (0, 1, 3, 4, 5)),
+        ],
+    )
+    config = _config(data, tmp_path / "out", tasks={"questions": 1}, held_out=[str(tmp_path / "held.jsonl")])
+    with pytest.raises(ValueError, match=r"1 held out by the wording of the question and 5 by a context"):
+        train(config, progress=False)
+
+
+def test_the_public_names_load_without_torch():
+    code = "import sys, pic_rag.training as t; t.TrainConfig; t.Stage; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert pic_rag.training.train is train
+    with pytest.raises(AttributeError, match="has no attribute 'trian'"):
+        pic_rag.training.trian  # noqa: B018
 
 
 def test_an_empty_held_out_context_drops_nothing(data, tmp_path):
@@ -308,7 +362,7 @@ def test_every_field_has_a_rule_that_was_tried():
 @pytest.mark.parametrize(
     ("text", "rule"),
     [
-        ("- a list", "must be a YAML mapping of TrainConfig's fields, got list"),
+        ("- a list", "must be a YAML mapping of fields, got list"),
         ("{out: x", "must be YAML, got"),
         ("{out: x}", "A training configuration must set 'stages'"),
     ],

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 import pic_rag
-from pic_rag.cli import ask, compress, demo, evaluate, fetch, inspect, train
+from pic_rag.cli import ask, bench, compress, demo, evaluate, fetch, inspect, report, serve, study, train
 from pic_rag.cli.console import error_line, say, shown_warnings
 
 OK, FAILED, INTERRUPTED = 0, 1, 130  # argparse leaves with 2 for wrong usage
@@ -26,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments; None for those of the process.
 
     Returns:
-        The exit code: 0 when all went well, 1 for an error of the run, 130 after Ctrl-C.
+        The exit code: 0 when all went well, 1 for an error of the run, 3 when `compress` left documents out, 130 after
+        Ctrl-C.
 
     Raises:
         SystemExit: code 2 for wrong usage, 0 for `--help` and `--version`.
@@ -55,10 +56,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="pic-rag",
         description="Answer questions from documents that the LLM reads as a few memory tokens each.",
-        epilog="Exit codes: 0 done, 1 error of the run, 2 wrong usage, 130 interrupted.",
+        epilog="Exit codes: 0 done, 1 error of the run, 2 wrong usage, 3 done but for the documents named, "
+        "130 interrupted.",
     )
     parser.add_argument("--version", action="version", version=f"pic-rag {pic_rag.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (fetch, demo, ask, compress, inspect, train, evaluate):
+    for command in (fetch, demo, ask, compress, inspect, train, evaluate, bench, report, study, serve):
         command.add_parser(commands)
     return parser

@@ -17,6 +17,7 @@ from pic_rag.cli.options import (
     loading,
     positive,
     progress,
+    share,
     show_bars,
 )
 
@@ -39,6 +40,12 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--docs", nargs="+", default=[], metavar="PATH", help="files, and folders of files")
     parser.add_argument("--index", type=Path, metavar="DIR", help="keep passages and memories here, and use what is")
     add_ratio(parser)
+    parser.add_argument(
+        "--min-fidelity",
+        type=share,
+        metavar="X",
+        help="0 to 1: the highest ratio (up to --ratio) that keeps so much of a passage, else its raw text",
+    )
     parser.add_argument("--top-k", type=positive, default=3, metavar="N", help="passages shown to the generator")
     parser.add_argument(
         "--mode",
@@ -63,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         args.question,
         top_k=args.top_k,
         ratio=args.ratio,
+        min_fidelity=args.min_fidelity,
         mode=args.mode,
         max_new_tokens=args.max_new_tokens,
         progress=progress(args),
@@ -100,9 +108,9 @@ def _open(args: argparse.Namespace) -> PicRag:
         calm_libraries(bars=show_bars(args))
         known = _is_index(args.index)
         rag = PicRag.load(args.index, **loading(args)) if known else PicRag.from_pretrained(**loading(args))
-    before = len(rag.retriever)
+    before = rag.retriever.passages
     rag.add_files(args.docs, progress=progress(args))
-    if args.index is not None and len(rag.retriever) > before:
+    if args.index is not None and rag.retriever.passages != before:
         rag.save(args.index)
     return rag
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from itertools import islice
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pic_rag.cli.options import Commands, add_command, add_model_options, load_compressor, positive, progress
+from pic_rag.cli.options import (
+    Commands,
+    add_command,
+    add_model_options,
+    count,
+    load_compressor,
+    names,
+    positive,
+    progress,
+    share,
+)
+from pic_rag.evaluation.report import DEFAULT_COLUMNS, report_table
 
 if TYPE_CHECKING:
-    from pic_rag.evaluation.runner import Row
-
-_COLUMNS = "| {:<11} | {:>5} | {:>5} | {:>5} | {:>8} | {:>9} | {:>13} | {:>11} | {:>7} |"  # a Markdown table
-_NAMES = ("system", "ratio", "F1", "EM", "contains", "agreement", "prompt tokens", "text tokens", "seconds")
+    from pic_rag.compressor import Compressor
+    from pic_rag.questions import Question
 
 
 def add_parser(commands: Commands) -> None:
@@ -23,32 +31,42 @@ def add_parser(commands: Commands) -> None:
         help="score systems on a file of questions",
         description="Let systems answer the questions of a JSONL file whose lines are "
         '{"id", "question", "answers": [...], "contexts": [{"title", "text", "is_gold"}]}, print their scores and '
-        "write them with configuration and versions as JSON.",
+        "write them with configuration and versions as JSON. A question that does not fit the generator's context "
+        "scores 0 and is counted as too long.",
     )
-    parser.add_argument("--data", required=True, metavar="FILE", help="questions, .jsonl or .jsonl.gz")
+    parser.add_argument("--data", required=True, metavar="FILE", help="questions, .jsonl or .jsonl.gz or SQuAD's .json")
     parser.add_argument(
         "--systems",
-        type=_names,
-        default=_names("pic,text,none,truncate,pool"),
+        type=names,
+        default=names("pic,text,none,truncate,pool"),
         metavar="A,B",
-        help="of pic, text, none, truncate, pool, extract, text+reader (default: the first five)",
+        help="of pic, text, none, truncate, pool, extract, text+reader (default: the first five), and pic@bf16, "
+        "pic@int8, pic@int4: memories as a store of that precision gives them back, and llmlingua, longllmlingua, "
+        "llmlingua2: text shortened by what PIC_RAG_LLMLINGUA_PYTHON names",
     )
     parser.add_argument(
         "--ratios", type=_ratios, default=(4, 16, 64), metavar="N,M", help="text tokens per memory token (4,16,64)"
     )
-    parser.add_argument("--limit", type=positive, metavar="N", help="the first N questions only")
+    parser.add_argument(
+        "--floors",
+        type=_floors,
+        metavar="X,Y",
+        help="values of min_fidelity: in place of systems, compare single ratios with the mixture that each of these "
+        "picks, and say how well fidelity predicts wrong answers",
+    )
     parser.add_argument("--json", required=True, metavar="OUT", help="file to write")
     parser.add_argument("--predictions", metavar="OUT", help="JSONL file to write every answer to")
+    _add_data_options(parser)
     add_model_options(parser, generator=False)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
-    from pic_rag.questions import read_questions
-
-    questions = list(islice(read_questions(args.data), args.limit))
+    questions, data = _questions(args)
     compressor = load_compressor(args)
+    if args.floors:
+        return _run_floors(args, compressor, questions, data)
     from pic_rag.evaluation.runner import evaluate
 
     report = evaluate(
@@ -56,29 +74,95 @@ def run(args: argparse.Namespace) -> int:
         args.systems,
         args.ratios,
         compressor=compressor,
+        task=args.task,
+        max_new_tokens=args.max_new_tokens,
+        batch_size=args.batch_size,
         device=args.device,
         dtype=args.dtype,
         predictions=args.predictions,
+        data=data,
         progress=progress(args),
     )
     report.save(args.json)
-    print(_COLUMNS.format(*_NAMES))
-    print("|".join(["", " --- ", *[" ---: "] * (len(_NAMES) - 1), ""]))
-    for row in report.rows:
-        print(_line(row))
+    stored = ["bytes"] if any(row.document_bytes_mean is not None for row in report.rows) else []
+    print(report_table(report.to_dict(), [*DEFAULT_COLUMNS, *stored]), end="")
     return 0
 
 
-def _line(row: Row) -> str:
-    scores = [f"{100 * score:.1f}" for score in (row.f1, row.em, row.contains_answer, row.agreement)]
-    ratio = "" if row.ratio is None else row.ratio
-    tokens = [f"{row.prompt_tokens_mean:.1f}", f"{row.text_tokens_mean:.1f}"]
-    return _COLUMNS.format(row.system, ratio, *scores, *tokens, f"{row.seconds:.1f}")
+def _run_floors(
+    args: argparse.Namespace, compressor: Compressor, questions: list[Question], data: dict[str, Any]
+) -> int:
+    """The same for single and mixed ratios."""
+    from pic_rag.evaluation.fidelity import evaluate_fidelity
+    from pic_rag.generator import Generator
+
+    report = evaluate_fidelity(
+        questions,
+        args.ratios,
+        args.floors,
+        compressor=compressor,
+        generator=Generator.from_checkpoint(compressor.checkpoint, device=args.device, dtype=args.dtype),
+        max_new_tokens=args.max_new_tokens or 32,
+        batch_size=args.batch_size,
+        data=data,
+    )
+    report.save(args.json)
+    print(report.table(), end="")
+    print(f"AUROC over all ratios: {'-' if report.auroc is None else f'{report.auroc:.2f}'}")
+    return 0
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+def _add_data_options(parser: argparse.ArgumentParser) -> None:
+    """Which questions are asked, with which documents."""
+    data = parser.add_argument_group("questions and documents")
+    data.add_argument("--every", type=positive, default=1, metavar="N", help="one question of every N only")
+    data.add_argument("--offset", type=count, default=0, metavar="K", help="leave out the first K questions")
+    data.add_argument("--limit", type=positive, metavar="N", help="at most N questions")
+    shown = data.add_mutually_exclusive_group()
+    shown.add_argument("--gold-only", action="store_true", help="only the documents that hold the answer")
+    shown.add_argument(
+        "--retrieve",
+        type=positive,
+        metavar="K",
+        help="open retrieval: the K best of all passages of FILE in place of those that come with a question",
+    )
+    data.add_argument(
+        "--task",
+        choices=("questions", "gsm8k"),
+        default="questions",
+        help="gsm8k: problems to solve; the final number is scored (default: questions)",
+    )
+    data.add_argument("--examples", metavar="FILE", help="gsm8k: solved problems, with rationale, to show as documents")
+    data.add_argument("--shots", type=positive, default=8, metavar="N", help="gsm8k: how many of them are shown (8)")
+    data.add_argument("--max-new-tokens", type=positive, metavar="N", help="longest answer (32; gsm8k: 256)")
+    data.add_argument("--batch-size", type=positive, default=8, metavar="N", help="prompts decoded together (8)")
+
+
+def _questions(args: argparse.Namespace) -> tuple[list[Question], dict[str, Any]]:
+    """The questions asked, and how the report names them."""
+    from pic_rag.questions import pick, read_questions
+
+    chosen = ("every", "offset", "limit", "gold_only", "retrieve")
+    data = {"file": args.data.rpartition("/")[2], **{name: getattr(args, name) for name in chosen}}
+    source = read_questions(args.data, gold_only=args.gold_only)
+    questions = pick(source, every=args.every, offset=args.offset, limit=args.limit)
+    if args.retrieve:
+        from pic_rag.evaluation.retrieval import retrieve
+
+        found = retrieve(questions, read_questions(args.data), args.retrieve, progress=progress(args))
+        data |= {"passages": found.passages, "recall": found.recall, "recall_all": found.recall_all}
+        questions = found.questions
+    if args.examples:
+        from pic_rag.evaluation.tasks import with_examples
+
+        questions = list(with_examples(questions, args.examples, args.shots))
+        data |= {"examples": args.examples.rpartition("/")[2], "shots": args.shots}
+    return questions, data
+
+
+def _floors(text: str) -> tuple[float, ...]:
+    return tuple(map(share, names(text)))
 
 
 def _ratios(text: str) -> tuple[int, ...]:
-    return tuple(positive(name) for name in _names(text))
+    return tuple(positive(name) for name in names(text))

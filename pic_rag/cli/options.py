@@ -47,6 +47,35 @@ def positive(text: str) -> int:
     return number
 
 
+def count(text: str) -> int:
+    """A whole number, 0 or more, for argparse."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number of 0 or more, got {text}")
+    return number
+
+
+def names(text: str) -> tuple[str, ...]:
+    """Names between commas, for argparse."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def minutes(text: str) -> float:
+    """A time above zero, for argparse."""
+    number = float(text)
+    if number <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+    return number
+
+
+def share(text: str) -> float:
+    """A number from 0 to 1, for argparse."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
+    return number
+
+
 def progress(args: argparse.Namespace) -> bool | None:
     """False with --quiet; None lets the library show a bar on a terminal."""
     return False if args.quiet else None

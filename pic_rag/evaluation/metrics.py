@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import string
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
 
@@ -63,6 +64,24 @@ def agreement(prediction: str, full_text_answer: str) -> float:
     0.6666666666666666
     """
     return f1(prediction, [full_text_answer])
+
+
+def auroc(scores: Sequence[float], is_positive: Sequence[bool]) -> float:
+    """Share of pairs of a positive and a negative in which the positive has the higher score; a tie counts half.
+
+    The area under the ROC curve, by ranks (Mann and Whitney 1947). 0.5 is chance.
+
+    >>> auroc([0.9, 0.8, 0.3, 0.1], [True, False, True, False])
+    0.75
+    >>> auroc([0.5, 0.5], [True, False])
+    0.5
+    """
+    positive = [score for score, yes in zip(scores, is_positive, strict=True) if yes]
+    negative = sorted(score for score, yes in zip(scores, is_positive, strict=True) if not yes)
+    if not positive or not negative:
+        raise ValueError(f"is_positive must hold both true and false, got {len(positive)} true of {len(scores)}.")
+    wins = sum(bisect_left(negative, score) + bisect_right(negative, score) for score in positive)
+    return wins / (2 * len(positive) * len(negative))
 
 
 def _best(score: Callable[[str, str], float], prediction: str, answers: Sequence[str]) -> float:

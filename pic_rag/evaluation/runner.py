@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from pic_rag import __version__
 from pic_rag.compressor import Compressor
-from pic_rag.evaluation.metrics import agreement, contains_answer, exact_match, f1
+from pic_rag.evaluation.metrics import agreement, contains_answer, f1
 from pic_rag.evaluation.systems import RATIO_SYSTEMS, Shown, Systems
+from pic_rag.evaluation.tasks import TASKS, Task
 from pic_rag.generator import Generation
 from pic_rag.questions import Question
 
@@ -38,9 +39,12 @@ class Row:
         f1: mean over the questions, 0 to 1, like the next three.
         em: exact match.
         contains_answer: share of the answers that hold a right answer, word for word.
-        agreement: F1 against the same generator's answer from the full text.
-        prompt_tokens_mean: rows the generator read for a question: memory tokens, question, markers.
+        agreement: F1 against the same generator's answer from the full text, over the questions whose full text fits
+            the generator's context; None when none does.
+        prompt_tokens_mean: rows the generator read for a question whose prompt fits: memory tokens, question, markers.
         text_tokens_mean: tokens of the full text of a question's documents.
+        too_long: questions whose prompt does not fit the generator's context: not answered, scored 0.
+        document_bytes_mean: of a document's memory in a store; None for a system that keeps none.
         seconds: for compressing or selecting and for answering, without loading models.
     """
 
@@ -50,9 +54,11 @@ class Row:
     f1: float
     em: float
     contains_answer: float
-    agreement: float
-    prompt_tokens_mean: float
+    agreement: float | None
+    prompt_tokens_mean: float | None
     text_tokens_mean: float
+    too_long: int
+    document_bytes_mean: float | None
     seconds: float
 
 
@@ -79,7 +85,8 @@ class Report:
 class _Answers:
     """One system's answers at one ratio, in the order of the questions."""
 
-    generations: list[Generation]
+    generations: list[Generation | None]
+    document_bytes: float | None
     seconds: float
 
 
@@ -90,12 +97,14 @@ def evaluate(
     *,
     compressor: Compressor | str | Path | None = None,
     embedder: str | Path | SentenceTransformer | None = None,
-    max_new_tokens: int = 32,
+    task: str = "questions",
+    max_new_tokens: int | None = None,
     batch_size: int = 8,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
     predictions: str | Path | None = None,
+    data: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Report:
     """Let systems answer questions greedily and score them.
@@ -106,21 +115,26 @@ def evaluate(
         ratios: text tokens per memory token, for the systems that compress.
         compressor: one that is loaded, its folder or hub id, or None for the shipped one.
         embedder: sentence-transformers model of the `extract` system; None: the embedded MiniLM.
-        max_new_tokens: longest answer.
+        task: a key of `pic_rag.evaluation.tasks.TASKS`: how the question is put, and what of the answer is scored.
+        max_new_tokens: longest answer; None: the task's.
         batch_size: prompts decoded together.
         device: None picks cuda, mps or cpu.
         dtype: of generator and compressor; None picks the device's fast one.
         attn_implementation: of the generator; None leaves it to transformers.
         predictions: a JSONL file to write every answer to, with its scores, as soon as its system is done.
+        data: where the questions are from, as JSON types, for the report.
         progress: True shows a bar, False none; None shows one on a terminal once it takes over a second.
 
     Raises:
-        ValueError: when there are no questions, or a system or ratio is not served.
+        ValueError: when there are no questions, or a system, ratio or task is not served.
     """
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}.")
     if not isinstance(compressor, Compressor):
         compressor = Compressor.from_pretrained(compressor, device=device, dtype=dtype)
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
-    run = _Run(Systems(compressor, embedder=embedder, **loading), list(questions), max_new_tokens, batch_size)
+    served = Systems(compressor, embedder=embedder, messages=TASKS[task].messages, **loading)
+    run = _Run(served, list(questions), TASKS[task], max_new_tokens, batch_size)
     plan = run.plan(systems, ratios)
     with ExitStack() as open_files, tqdm(
         total=run.answers(plan), unit="answer", desc="evaluate", delay=1.0,
@@ -128,19 +142,23 @@ def evaluate(
     ) as bar:  # fmt: skip
         lines = None if predictions is None else open_files.enter_context(_create(predictions))
         rows = list(run.rows(plan, bar, lines, progress))
-    return Report(rows, run.config(systems, ratios), _versions())
+    config = {"data": None if data is None else dict(data), "task": task, **run.config(systems, ratios)}
+    return Report(rows, config, versions())
 
 
 class _Run:
     """The questions of a run, and their answers from the full text."""
 
-    def __init__(self, systems: Systems, questions: list[Question], max_new_tokens: int, batch_size: int) -> None:
+    def __init__(
+        self, systems: Systems, questions: list[Question], task: Task, max_new_tokens: int | None, batch_size: int
+    ) -> None:
         if not questions:
             raise ValueError("questions must hold at least one question, got none.")
         self.systems = systems
         self.questions = questions
         self.text_tokens = [systems.text_tokens(question) for question in questions]
-        self.max_new_tokens = max_new_tokens
+        self.task = task
+        self.max_new_tokens = max_new_tokens or task.max_new_tokens
         self.batch_size = batch_size
 
     def plan(self, systems: Sequence[str], ratios: Sequence[int]) -> list[tuple[str, int | None]]:
@@ -174,7 +192,7 @@ class _Run:
                 for line in scored:
                     lines.write(json.dumps({"system": system, "ratio": ratio, **line}, ensure_ascii=False) + "\n")
                 lines.flush()
-            yield _row(system, ratio, scored, given.seconds)
+            yield _row(system, ratio, scored, given)
 
     def config(self, systems: Sequence[str], ratios: Sequence[int]) -> dict[str, Any]:
         """Settings of the run, as JSON types."""
@@ -197,9 +215,10 @@ class _Run:
         begin = time.perf_counter()
         shown = self.systems.show(system, self.questions, ratio, progress=progress)
         generations = list(self._generate(system, shown, bar))
-        return _Answers(generations, time.perf_counter() - begin)
+        seconds = time.perf_counter() - begin
+        return _Answers(generations, self.systems.document_bytes(system, shown), seconds)
 
-    def _generate(self, system: str, shown: Sequence[Shown], bar: tqdm) -> Iterator[Generation]:
+    def _generate(self, system: str, shown: Sequence[Shown], bar: tqdm) -> Iterator[Generation | None]:
         step = self.batch_size * _LOOKAHEAD_BATCHES
         for start in range(0, len(self.questions), step):
             part = slice(start, start + step)
@@ -214,37 +233,53 @@ class _Run:
 
     def _score(self, number: int, given: _Answers, full_text: _Answers) -> dict[str, Any]:
         """One line of the predictions."""
-        question, generation = self.questions[number], given.generations[number]
-        said = generation.text.strip()
+        question, reference = self.questions[number], full_text.generations[number]
         return {
             "id": question.id,
             "question": question.question,
             "answers": list(question.answers),
-            "prediction": said,
-            "f1": f1(said, question.answers),
-            "em": exact_match(said, question.answers),
-            "contains_answer": contains_answer(said, question.answers),
-            "agreement": agreement(said, full_text.generations[number].text),
-            "prompt_tokens": generation.prompt_tokens,
+            **self._judge(given.generations[number], question.answers, reference),
             "text_tokens": self.text_tokens[number],
         }
 
+    def _judge(
+        self, generation: Generation | None, answers: Sequence[str], reference: Generation | None
+    ) -> dict[str, Any]:
+        """An answer's scores: 0 where the prompt was too long; no agreement where the full text was."""
+        full_text = None if reference is None else self.task.answer(reference.text)
+        if generation is None:
+            nothing = dict.fromkeys(("f1", "em", "contains_answer"), 0.0)
+            agreed = None if full_text is None else 0.0
+            return {"prediction": None, **nothing, "agreement": agreed, "prompt_tokens": None}
+        said = self.task.answer(generation.text)
+        return {
+            "prediction": said,
+            "f1": f1(said, answers),
+            "em": self.task.exact_match(said, answers),
+            "contains_answer": contains_answer(said, answers),
+            "agreement": None if full_text is None else agreement(said, full_text),
+            "prompt_tokens": generation.prompt_tokens,
+        }
 
-def _row(system: str, ratio: int | None, scored: Sequence[dict[str, Any]], seconds: float) -> Row:
-    def mean(name: str) -> float:
-        return fmean(line[name] for line in scored)
+
+def _row(system: str, ratio: int | None, scored: Sequence[dict[str, Any]], given: _Answers) -> Row:
+    def mean(name: str) -> float | None:
+        values = [line[name] for line in scored if line[name] is not None]
+        return fmean(values) if values else None
 
     return Row(
         system=system,
         ratio=ratio,
         n=len(scored),
-        f1=mean("f1"),
-        em=mean("em"),
-        contains_answer=mean("contains_answer"),
+        f1=fmean(line["f1"] for line in scored),
+        em=fmean(line["em"] for line in scored),
+        contains_answer=fmean(line["contains_answer"] for line in scored),
         agreement=mean("agreement"),
         prompt_tokens_mean=mean("prompt_tokens"),
-        text_tokens_mean=mean("text_tokens"),
-        seconds=seconds,
+        text_tokens_mean=fmean(line["text_tokens"] for line in scored),
+        too_long=sum(line["prompt_tokens"] is None for line in scored),
+        document_bytes_mean=given.document_bytes,
+        seconds=given.seconds,
     )
 
 
@@ -254,7 +289,8 @@ def _create(path: str | Path) -> TextIO:
     return target.open("w", encoding="utf-8")
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of the packages that figures depend on, and the hardware."""
     packages = ("torch", "transformers", "peft", "sentence-transformers")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
     own = {"pic_rag": __version__, "python": platform.python_version(), "hardware": device}

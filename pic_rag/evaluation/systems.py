@@ -1,14 +1,16 @@
 """The systems that are compared: what each puts in the place of the documents, and which generator reads it.
 
-Every system asks with `rag_messages`, so prompts differ in nothing but the passages. This file does not know scores.
+Every system asks with the same messages, so prompts differ in nothing but the passages. This file does not know scores.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -16,13 +18,17 @@ from sentence_transformers import SentenceTransformer
 
 from pic_rag.backbone import load_backbone
 from pic_rag.compressor import Compressor
+from pic_rag.evaluation.lingua import Lingua, LinguaError
 from pic_rag.evaluation.shortening import Shortener
 from pic_rag.generator import Generation, Generator
 from pic_rag.handles import escape_handles
-from pic_rag.memory import Memory
+from pic_rag.memory import AtRest, Memory
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import Question
 from pic_rag.reader import Reader
+
+AT_REST_SYSTEMS: dict[str, AtRest] = {"pic@bf16": "bf16", "pic@int8": "int8", "pic@int4": "int4"}
+"""The systems that read memories as a store gives them back, by what they were kept as."""
 
 SYSTEMS = {
     "pic": "memories of the compressor",
@@ -31,11 +37,18 @@ SYSTEMS = {
     "truncate": "the beginning of each document, as many tokens as its memory has",
     "pool": "memories of an untrained mean pooler",
     "extract": "the sentences most similar to the question, as many tokens as the memories have",
+    "llmlingua": "text shortened by LLMLingua to about as many tokens as the memories have",
+    "longllmlingua": "the same by LongLLMLingua, which knows the question",
+    "llmlingua2": "the same by LLMLingua-2, whose token classifier has to be named",
     "text+reader": "full text, read with the reader switched on",
+    **{name: f"memories of the compressor, kept as {at_rest}" for name, at_rest in AT_REST_SYSTEMS.items()},
 }
 """Every system by name, with what it puts in the prompt."""
 
-RATIO_SYSTEMS = frozenset({"pic", "truncate", "pool", "extract"})
+LINGUA_SYSTEMS = frozenset({"llmlingua", "longllmlingua", "llmlingua2"})
+"""The systems that need an environment with LLMLingua, see `pic_rag.evaluation.lingua`."""
+
+RATIO_SYSTEMS = frozenset({"pic", "truncate", "pool", "extract", *AT_REST_SYSTEMS}) | LINGUA_SYSTEMS
 """The systems whose prompt depends on the ratio."""
 
 
@@ -61,6 +74,9 @@ class Systems:
         device: of the generator; None picks cuda, mps or cpu.
         dtype: of the generator; None picks the device's fast one.
         attn_implementation: of the generator; None leaves it to transformers.
+        messages: the prompt of a question and what is shown with it.
+        llmlingua_python: a Python that has llmlingua; None: as `Lingua` finds one.
+        llmlingua2: folder or hub id of LLMLingua-2's token classifier; None: `PIC_RAG_LLMLINGUA2`.
     """
 
     def __init__(
@@ -71,8 +87,14 @@ class Systems:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
+        messages: Callable[[str, Sequence[str]], list[dict[str, str]]] = rag_messages,
+        llmlingua_python: str | Path | None = None,
+        llmlingua2: str | Path | None = None,
     ) -> None:
         self.compressor = compressor
+        self._messages = messages
+        self._llmlingua_python = llmlingua_python
+        self._llmlingua2 = llmlingua2 or os.environ.get("PIC_RAG_LLMLINGUA2")
         self._loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
         base = load_backbone(compressor.generator.name, **self._loading)
         # One model for both: the plain generator first, whose id is that of the weights without a reader.
@@ -82,22 +104,34 @@ class Systems:
         self._shortener = Shortener(base.tokenizer, embedder)
         self._show: dict[str, Callable[[Sequence[Question], int, bool | None], list[Shown]]] = {
             "pic": self._compress,
+            **{name: partial(self._keep, at_rest) for name, at_rest in AT_REST_SYSTEMS.items()},
             "text": self._full_text,
             "none": lambda questions, *_: [Shown([]) for _ in questions],
             "truncate": self._truncate,
             "pool": self._pool,
             "extract": self._extract,
+            **{name: partial(self._lingua_text, name) for name in LINGUA_SYSTEMS},
             "text+reader": self._full_text,
         }
 
     def check(self, system: str) -> None:
-        """Raise ValueError when there is no such system, or the compressor cannot serve it."""
+        """Raise ValueError when there is no such system or the compressor cannot serve it, LinguaError for its own."""
         if system not in SYSTEMS:
             raise ValueError(f"systems must be some of {', '.join(SYSTEMS)}, got {system!r}.")
         if system == "text+reader" and self.compressor.reader is None:
             raise ValueError(
                 "system 'text+reader' must have a compressor with a reader, got one without. Leave the system out."
             )
+        if system in LINGUA_SYSTEMS:
+            self.lingua(system)
+
+    def lingua(self, system: str) -> Lingua:
+        """LLMLingua as a system needs it: started by the first who asks.
+
+        Raises:
+            LinguaError: when it cannot be had; the message says what to install or name.
+        """
+        return self._lingua2 if system == "llmlingua2" else self._lingua1
 
     def show(
         self, system: str, questions: Sequence[Question], ratio: int | None = None, *, progress: bool | None = None
@@ -124,19 +158,33 @@ class Systems:
         *,
         max_new_tokens: int,
         batch_size: int,
-    ) -> list[Generation]:
-        """The generator's greedy answers to the questions, given what the system shows."""
+    ) -> list[Generation | None]:
+        """The generator's greedy answers to the questions, given what the system shows; None where that is too long."""
         prompts = [
-            rag_messages(escape_handles(question.question), one.passages)
+            self._messages(escape_handles(question.question), one.passages)
             for question, one in zip(questions, shown, strict=True)
         ]
         memories = {memory.handle: memory for one in shown for memory in one.memories}
+        generator = self.reading if system == "pic" or system in AT_REST_SYSTEMS else self.plain
+        room = generator.context_tokens - max_new_tokens
+        fitting = [at for at, prompt in enumerate(prompts) if generator.count_tokens(prompt, memories) <= room]
+        asked = [prompts[at] for at in fitting]
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         if system == "text+reader":
             generator, reader = self._text_reader
             with reader.on():
-                return generator.generate(prompts, **options)
-        return (self.reading if system == "pic" else self.plain).generate(prompts, memories, **options)
+                answers = generator.generate(asked, **options)
+        else:
+            answers = generator.generate(asked, memories, **options)
+        answered = dict(zip(fitting, answers, strict=True))
+        return [answered.get(at) for at in range(len(prompts))]
+
+    def document_bytes(self, system: str, shown: Sequence[Shown]) -> float | None:
+        """Mean bytes of a document's memory in a store, each document counted once; None for other systems."""
+        if system not in AT_REST_SYSTEMS:
+            return None
+        memories = {memory.handle: memory for one in shown for memory in one.memories}
+        return fmean(len(memory.to_bytes(AT_REST_SYSTEMS[system])) for memory in memories.values())
 
     def text_tokens(self, question: Question) -> int:
         """Tokens of the documents' full text, without markers."""
@@ -147,6 +195,12 @@ class Systems:
 
     def _compress(self, questions: Sequence[Question], ratio: int, progress: bool | None) -> list[Shown]:
         return _remember(self.compressor, questions, ratio, progress)
+
+    def _keep(self, at_rest: AtRest, questions: Sequence[Question], ratio: int, progress: bool | None) -> list[Shown]:
+        """Memories through a store and back."""
+        shown = self._compress(questions, ratio, progress)
+        kept = {memory.handle: Memory.from_bytes(memory.to_bytes(at_rest)) for one in shown for memory in one.memories}
+        return [Shown(one.passages, tuple(kept[handle] for handle in one.passages)) for one in shown]
 
     def _pool(self, questions: Sequence[Question], ratio: int, progress: bool | None) -> list[Shown]:
         return _remember(self._pooler, questions, ratio, progress)
@@ -163,6 +217,40 @@ class Systems:
         room = [sum(self._memory_tokens(text, ratio) for text in texts) for texts in documents]
         extracts = self._shortener.extract([asked.question for asked in questions], documents, room)
         return [Shown([escape_handles(extract) for extract in own]) for own in extracts]
+
+    def _lingua_text(
+        self, system: str, questions: Sequence[Question], ratio: int, progress: bool | None
+    ) -> list[Shown]:
+        lingua = self.lingua(system)
+        shown = []
+        for asked in questions:
+            texts = [context.document for context in asked.contexts]
+            room = sum(self._memory_tokens(text, ratio) for text in texts)
+            known = asked.question if system == "longllmlingua" else None
+            shown.append(Shown([escape_handles(lingua.shorten(texts, room, known))]))
+        return shown
+
+    @cached_property
+    def _lingua1(self) -> Lingua:
+        """With the generator as the scorer."""
+        return Lingua(cast("str", self.plain.model.name_or_path), **self._lingua_loading)
+
+    @cached_property
+    def _lingua2(self) -> Lingua:
+        if self._llmlingua2 is None:
+            raise LinguaError(
+                "llmlingua2 must be the folder or hub id of a token classifier, got None. Name one, such as "
+                "microsoft/llmlingua-2-xlm-roberta-large-meetingbank, in PIC_RAG_LLMLINGUA2 or with --llmlingua2."
+            )
+        loading = self._lingua_loading | {"dtype": "float32"}  # its scores become numpy arrays: no bfloat16
+        return Lingua(self._llmlingua2, classifier=True, **loading)
+
+    @property
+    def _lingua_loading(self) -> dict[str, Any]:
+        """Where and how the generator runs, so that times can be compared."""
+        model = self.plain.model
+        dtype = str(model.dtype).removeprefix("torch.")
+        return {"python": self._llmlingua_python, "device": model.device.type, "dtype": dtype}
 
     def _memory_tokens(self, text: str, ratio: int) -> int:
         """Memory tokens that the compressor makes of a text, counted and not computed."""

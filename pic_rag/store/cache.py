@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import Protocol
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
 from pic_rag.handles import HANDLE_PATTERN
+from pic_rag.ladder import descend
 from pic_rag.memory import AtRest, Memory, MemoryFormatError
 from pic_rag.store.protocol import MemoryStore
 
@@ -40,14 +41,30 @@ class SupportsCompress(Protocol):
     def handle(self, text: str, ratio: int | None = None) -> str:
         """Handle that the memory of the text will have."""
 
+    def ladder(self, ratio: int | None = None) -> Sequence[int]:
+        """Ratios to try for a wanted fidelity, from the highest down; asked for with `min_fidelity` only."""
+
     def compress(
         self,
         texts: Sequence[str],
         ratio: int | None = None,
         batch_size: int | None = None,
         progress: bool | None = None,
+        *,
+        min_fidelity: float | None = None,
+        generator: Any = None,  # noqa: ANN401 - the cache only passes it on
     ) -> list[Memory]:
-        """One memory per text, in order."""
+        """One memory per text, in order; the last two are given with `min_fidelity` only."""
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a memory that the store lacks is made; `checking` makes the compressor check it."""
+
+    compressor: SupportsCompress
+    batch_size: int | None
+    progress: bool | None
+    checking: Mapping[str, Any] = field(default_factory=dict)
 
 
 class MemoryCache:
@@ -89,13 +106,18 @@ class MemoryCache:
             for handle, value in zip(handles, values, strict=True)
         ]
 
-    def put(self, memories: Sequence[Memory]) -> None:
+    def put(self, memories: Sequence[Memory]) -> list[int]:
         """Write memories.
+
+        Returns:
+            Bytes of each in the store.
 
         Raises:
             ValueError: A memory was made by another compressor, or is not finite.
         """
-        self.store.mset(self._encode(memories))
+        pairs = self._encode(memories)
+        self.store.mset(pairs)
+        return [len(value) for _, value in pairs]
 
     def get_or_compress(
         self,
@@ -106,6 +128,8 @@ class MemoryCache:
         sources: Sequence[str] | None = None,
         batch_size: int | None = None,
         progress: bool | None = None,
+        min_fidelity: float | None = None,
+        generator: Any = None,  # noqa: ANN401 - the cache only passes it on
     ) -> tuple[list[Memory], list[bool]]:
         """Memories of texts, compressing only those that the store does not hold.
 
@@ -119,23 +143,34 @@ class MemoryCache:
             sources: A label per text, for messages and for `Memory.source`.
             batch_size: Passed on to the compressor.
             progress: Whether to show a bar; None shows one on a terminal once it takes over a second.
+            min_fidelity: As for `Compressor.compress`. Memories that were tried and found wanting are kept as well, so
+                no ratio of a text is tried twice, whatever floor is asked for.
+            generator: The one that checks, as for `Compressor.compress`.
 
         Returns:
             One memory per text, in order, and for each whether it came out of the store. A new memory is as precise as
             the compressor made it, one out of the store as precise as it was kept.
 
         Raises:
-            ValueError: The compressor has another fingerprint, or `sources` has another length than `texts`.
+            ValueError: The compressor has another fingerprint, `sources` has another length than `texts`, or
+                `min_fidelity` is out of range.
         """
         self._check_request(texts, compressor, sources)
-        handles = [compressor.handle(text, ratio) for text in texts]
         labels: Sequence[str | None] = sources if sources is not None else [None] * len(texts)
-        found = self._find(dict(zip(handles, labels, strict=True)))
-        missing = {handle: text for handle, text in zip(handles, texts, strict=True) if handle not in found}
-        made = self._compress(missing, compressor, ratio, batch_size, progress)
-        known = found | made
-        memories = [replace(known[handle], source=label) for handle, label in zip(handles, labels, strict=True)]
-        return memories, [handle in found for handle in handles]
+        if min_fidelity is None:
+            way = _Way(compressor, batch_size, progress)
+            return self._at_ratio(texts, labels, ratio, way)
+        way = _Way(compressor, batch_size, progress, {"min_fidelity": 0.0, "generator": generator})
+        cached: dict[str, bool] = {}
+
+        def attempt(numbers: Sequence[int], ratio: int) -> list[Memory]:
+            own, names = [texts[number] for number in numbers], [labels[number] for number in numbers]
+            memories, known = self._at_ratio(own, names, ratio, way)
+            cached.update(zip((memory.handle for memory in memories), known, strict=True))
+            return memories
+
+        memories = descend(len(texts), compressor.ladder(ratio), min_fidelity, attempt)
+        return memories, [cached[memory.handle] for memory in memories]
 
     def __contains__(self, handle: str) -> bool:
         """Whether the store holds a value for the handle."""
@@ -213,15 +248,22 @@ class MemoryCache:
                 logger.warning("Compressing a document again: %s", error)
         return found
 
-    def _compress(
-        self,
-        texts: dict[str, str],
-        compressor: SupportsCompress,
-        ratio: int | None,
-        batch_size: int | None,
-        progress: bool | None,
-    ) -> dict[str, Memory]:
+    def _at_ratio(
+        self, texts: Sequence[str], labels: Sequence[str | None], ratio: int | None, way: _Way
+    ) -> tuple[list[Memory], list[bool]]:
+        """Memories of one ratio, and for each whether the store held it as it is wanted."""
+        handles = [way.compressor.handle(text, ratio) for text in texts]
+        found = self._find(dict(zip(handles, labels, strict=True)))
+        if way.checking:
+            found = {handle: memory for handle, memory in found.items() if memory.fidelity is not None}
+        missing = {handle: text for handle, text in zip(handles, texts, strict=True) if handle not in found}
+        known = found | self._compress(missing, ratio, way)
+        memories = [replace(known[handle], source=label) for handle, label in zip(handles, labels, strict=True)]
+        return memories, [handle in found for handle in handles]
+
+    def _compress(self, texts: dict[str, str], ratio: int | None, way: _Way) -> dict[str, Memory]:
         """Compress texts given by handle, and write each group."""
+        batch_size, progress = way.batch_size, way.progress
         group_documents = max(GROUP_DOCUMENTS, batch_size or 0)
         handles = list(texts)
         one_group = len(handles) <= group_documents
@@ -232,8 +274,9 @@ class MemoryCache:
         with tqdm(total=len(handles), desc="compress", unit="document", delay=1, disable=hidden) as bar:
             for start in range(0, len(handles), group_documents):
                 group = handles[start : start + group_documents]
-                memories = compressor.compress(
-                    [texts[handle] for handle in group], ratio, batch_size, progress if one_group else False
+                bar_inside = progress if one_group else False
+                memories = way.compressor.compress(
+                    [texts[handle] for handle in group], ratio, batch_size, bar_inside, **way.checking
                 )
                 _check_made(group, memories)
                 made.update(zip(group, memories, strict=True))

@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from pic_rag.layout import Layout, build_layout, pack
 from pic_rag.mask import Places
 from pic_rag.training.config import Stage, TrainConfig
-from pic_rag.training.examples import MEMORY, Dialogue, ExampleFactory
+from pic_rag.training.examples import MEMORY, Dialogue, Example, ExampleFactory
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,15 +80,7 @@ class StepDataset(Dataset[Batch]):
         ratios = stage.ratios or dict.fromkeys(self.config.pic.ratios, 1.0)
         random = np.random.default_rng([self.config.seed, step, self.rank])
         examples = [self.factory.draw(task, ratios, random) for _ in range(self.config.examples_per_step)]
-        segments = [segment for example in examples for segment in example.segments]
-        places = self.config.row_places
-        teachers = [example.teacher for example in examples if example.teacher is not None]
-        return Batch(
-            task,
-            build_layout(segments, positions=self.config.pic.positions, row_places=places),
-            build_rows([example.reads for example in examples], places),
-            build_rows(teachers, places) if teachers else None,
-        )
+        return build_batch(task, examples, self.config)
 
     def _stage(self, step: int) -> Stage:
         """The stage a step belongs to."""
@@ -100,6 +92,18 @@ class StepDataset(Dataset[Batch]):
         names, weights = zip(*sorted(stage.tasks.items()), strict=True)
         random = np.random.default_rng([self.config.seed, step])
         return str(random.choice(names, p=np.array(weights) / sum(weights)))
+
+
+def build_batch(task: str, examples: Sequence[Example], config: TrainConfig) -> Batch:
+    """Pack examples of a task into the tensors of a step."""
+    segments = [segment for example in examples for segment in example.segments]
+    teachers = [example.teacher for example in examples if example.teacher is not None]
+    return Batch(
+        task,
+        build_layout(segments, positions=config.pic.positions, row_places=config.row_places),
+        build_rows([example.reads for example in examples], config.row_places),
+        build_rows(teachers, config.row_places) if teachers else None,
+    )
 
 
 def build_rows(sequences: Sequence[Dialogue], row_places: int) -> Rows:

@@ -22,6 +22,9 @@ from pic_rag.training.rules import (
     require_whole,
 )
 
+CONFIGS = Path(__file__).parent / "configs"
+"""The training configurations that come with pic-rag."""
+
 _DEMO = Path(__file__).parents[1] / "demo"
 
 TASKS = ("reconstruct", "continue", "questions")
@@ -57,7 +60,8 @@ _NUMBERS = {  # the least and the largest value of each field that measures
 }
 
 
-def _help(text: str, **kwargs: Any) -> Any:  # noqa: ANN401 - a dataclass field of any type
+def described(text: str, **kwargs: Any) -> Any:  # noqa: ANN401 - a dataclass field of any type
+    """A dataclass field with its help, unit included."""
     return field(metadata={"help": text}, **kwargs)
 
 
@@ -65,9 +69,9 @@ def _help(text: str, **kwargs: Any) -> Any:  # noqa: ANN401 - a dataclass field 
 class Stage:
     """A stretch of training with one mixture of tasks and of ratios."""
 
-    steps: int = _help("optimiser steps")
-    tasks: Mapping[str, float] = _help("weight of each task: a step draws one of reconstruct, continue, questions")
-    ratios: Mapping[int, float] = _help(
+    steps: int = described("optimiser steps")
+    tasks: Mapping[str, float] = described("weight of each task: a step draws one of reconstruct, continue, questions")
+    ratios: Mapping[int, float] = described(
         "weight of each ratio: a document draws one, of the served ones or not; empty: `pic.ratios`, equally",
         default_factory=dict,
     )
@@ -97,39 +101,45 @@ class TrainConfig:
         ValueError: when a field breaks its rule.
     """
 
-    out: str = _help("folder for checkpoints, metrics and the finished compressor")
-    stages: tuple[Stage, ...] = _help("what is trained, in order")
-    pic: PicConfig = _help("settings of the compressor", default=PicConfig())
-    base_model: str | None = _help("folder or hub id of the base model and generator; None: the embedded", default=None)
-    init_from: str | None = _help("compressor to start from; None: an untrained one", default=None)
-    texts: tuple[str, ...] = _help("text corpora: .txt or .md, .jsonl(.gz) with `text`, or hf:ID", default=())
-    questions: Mapping[str, float] = _help("question files and their weights", default_factory=dict)
-    held_out: tuple[str, ...] = _help("files whose texts and questions are dropped from training", default=())
-    cache: str | None = _help("folder for tokenised corpora; None: `out`/tokens", default=None)
-    examples_per_step: int = _help("examples in an optimiser step, on every device", default=8)
-    text_tokens: tuple[int, int] = _help("shortest and longest text of a text example, in tokens", default=(64, 512))
-    target_tokens: int = _help("longest continuation to predict, in tokens", default=128)
-    turns: int = _help("questions asked of the same documents in one example, at most", default=4)
-    documents: int = _help("documents in a questions example, at most", default=5)
-    distractor_share: float = _help("share of one-document examples that get distractors", default=0.3)
-    slots_per_chunk: tuple[int, ...] = _help("slots_per_chunk drawn per example", default=(4,))
-    learning_rate: float = _help("of the LoRA", default=3e-4)
-    converter_rate_factor: float = _help("times learning_rate: converter, slot embedding and pool", default=5.0)
-    reader_rank: int = _help("rank of the generator's reader LoRA; 0: the generator stays frozen", default=0)
-    reader_learning_rate: float = _help("of the reader LoRA", default=3e-4)
-    distillation: float = _help("weight of KL to the generator reading the text, on answer tokens", default=0.0)
-    warmup_steps: int = _help("steps to full learning rate", default=50)
-    decay_share: float = _help("last share of all steps over which the rate falls linearly to zero", default=0.2)
-    weight_decay: float = _help("of AdamW, on matrices", default=0.01)
-    clip: float = _help("largest gradient norm", default=1.0)
-    precision: str = _help("'bf16' or 'fp32', of models and activations; trained weights stay float32", default="bf16")
-    row_places: int = _help("room in a packed row", default=1024)
-    workers: int = _help("processes that build batches", default=1)
-    compile: bool = _help("torch.compile the encoder and the generator", default=False)
-    attn_implementation: str = _help("'sdpa', 'eager' or 'flex_attention'", default="sdpa")
-    checkpoint_minutes: float = _help("minutes between resumable checkpoints", default=10.0)
-    log_steps: int = _help("steps between lines of metrics.jsonl", default=10)
-    seed: int = _help("of everything drawn", default=0)
+    out: str = described("folder for checkpoints, metrics and the finished compressor")
+    stages: tuple[Stage, ...] = described("what is trained, in order")
+    pic: PicConfig = described("settings of the compressor", default=PicConfig())
+    base_model: str | None = described(
+        "folder or hub id of the base model and generator; None: the embedded", default=None
+    )
+    init_from: str | None = described("compressor to start from; None: an untrained one", default=None)
+    texts: tuple[str, ...] = described("text corpora: .txt or .md, .jsonl(.gz) with `text`, or hf:ID", default=())
+    questions: Mapping[str, float] = described("question files and their weights", default_factory=dict)
+    held_out: tuple[str, ...] = described("files whose texts and questions are dropped from training", default=())
+    cache: str | None = described("folder for tokenised corpora; None: `out`/tokens", default=None)
+    examples_per_step: int = described("examples in an optimiser step, on every device", default=8)
+    text_tokens: tuple[int, int] = described(
+        "shortest and longest text of a text example, in tokens", default=(64, 512)
+    )
+    target_tokens: int = described("longest continuation to predict, in tokens", default=128)
+    turns: int = described("questions asked of the same documents in one example, at most", default=4)
+    documents: int = described("documents in a questions example, at most", default=5)
+    distractor_share: float = described("share of one-document examples that get distractors", default=0.3)
+    slots_per_chunk: tuple[int, ...] = described("slots_per_chunk drawn per example", default=(4,))
+    learning_rate: float = described("of the LoRA", default=3e-4)
+    converter_rate_factor: float = described("times learning_rate: converter, slot embedding and pool", default=5.0)
+    reader_rank: int = described("rank of the generator's reader LoRA; 0: the generator stays frozen", default=0)
+    reader_learning_rate: float = described("of the reader LoRA", default=3e-4)
+    distillation: float = described("weight of KL to the generator reading the text, on answer tokens", default=0.0)
+    warmup_steps: int = described("steps to full learning rate", default=50)
+    decay_share: float = described("last share of all steps over which the rate falls linearly to zero", default=0.2)
+    weight_decay: float = described("of AdamW, on matrices", default=0.01)
+    clip: float = described("largest gradient norm", default=1.0)
+    precision: str = described(
+        "'bf16' or 'fp32', of models and activations; trained weights stay float32", default="bf16"
+    )
+    row_places: int = described("room in a packed row", default=1024)
+    workers: int = described("processes that build batches", default=1)
+    compile: bool = described("torch.compile the encoder and the generator", default=False)
+    attn_implementation: str = described("'sdpa', 'eager' or 'flex_attention'", default="sdpa")
+    checkpoint_minutes: float = described("minutes between resumable checkpoints", default=10.0)
+    log_steps: int = described("steps between lines of metrics.jsonl", default=10)
+    seed: int = described("of everything drawn", default=0)
 
     def __post_init__(self) -> None:
         if not self.stages:
@@ -176,13 +186,7 @@ class TrainConfig:
             FileNotFoundError: when there is no such file.
             ValueError: when it is no mapping of the fields above.
         """
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} must be YAML, got: {error}.") from error
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} must be a YAML mapping of TrainConfig's fields, got {type(values).__name__}.")
-        return cls.from_dict(_from_demo({**values, **overrides}))
+        return cls.from_dict(from_demo({**read_yaml(path), **overrides}))
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -210,12 +214,34 @@ class TrainConfig:
         return {**dataclasses.asdict(self), "pic": self.pic.to_dict()}
 
 
-def _from_demo(values: Any) -> Any:  # noqa: ANN401 - any YAML value
+def find_config(name: str, shipped: Path = CONFIGS) -> Path:
+    """The file of that name, else the one of that name in a folder of shipped configurations."""
+    found = shipped / f"{name}.yaml"
+    return found if found.is_file() and not Path(name).is_file() else Path(name)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping that a configuration file holds.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is no YAML mapping.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be YAML, got: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must be a YAML mapping of fields, got {type(values).__name__}.")
+    return values
+
+
+def from_demo(values: Any) -> Any:  # noqa: ANN401 - any YAML value
     """The values with `demo:` at the beginning of a path replaced by the folder of pic-rag's own small corpus."""
     if isinstance(values, dict):
-        return {_from_demo(key): _from_demo(value) for key, value in values.items()}
+        return {from_demo(key): from_demo(value) for key, value in values.items()}
     if isinstance(values, list):
-        return [_from_demo(value) for value in values]
+        return [from_demo(value) for value in values]
     demo = isinstance(values, str) and values.startswith("demo:")
     return str(_DEMO / values.removeprefix("demo:")) if demo else values
 

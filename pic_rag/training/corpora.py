@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,10 +122,15 @@ def content_hash(text: str) -> str:
 
 def keep_training(records: Iterable[Record], held_out: set[str]) -> Iterator[Record]:
     """The records none of whose contexts (with or without title) or questions are held out."""
-    for record in records:
-        texts = [record.question, *record.contexts, *(text.partition("\n")[2] for text in record.contexts)]
-        if not any(content_hash(text) in held_out for text in texts):
-            yield record
+    return (record for record in records if _held_out_by(record, held_out) is None)
+
+
+def _held_out_by(record: Record, held_out: set[str]) -> str | None:
+    """What of a record is held out: the wording of its question, or a context; None when neither is."""
+    if content_hash(record.question) in held_out:
+        return "wording"
+    contexts = [*record.contexts, *(text.partition("\n")[2] for text in record.contexts)]
+    return "context" if any(content_hash(text) in held_out for text in contexts) else None
 
 
 def text_table(sources: Sequence[str], cache: Path, tokenizer: Any, held_out: set[str]) -> TokenTable:  # noqa: ANN401
@@ -146,10 +152,7 @@ class QuestionTable:
     """
 
     def __init__(self, source: str, cache: Path, tokenizer: Any, held_out: set[str]) -> None:  # noqa: ANN401
-        records = list(keep_training(read_questions(source), held_out))
-        logger.info("%s: %d questions kept for training", source, len(records))
-        if not records:
-            raise ValueError(f"questions must hold at least one question that is not held out, got none in {source}.")
+        records = _training_records(source, held_out)
         self.number: dict[str, int] = {}
         grouped: dict[tuple[int, ...], list[Record]] = {}
         for record in records:
@@ -158,6 +161,25 @@ class QuestionTable:
         self.groups = list(grouped.values())
         folder = cache / f"contexts-{_cache_key([source], tokenizer, held_out)}"
         self.contexts = TokenTable(folder) if folder.exists() else TokenTable.build(folder, self.number, tokenizer)
+
+
+def _training_records(source: str, held_out: set[str]) -> list[Record]:
+    records: list[Record] = []
+    dropped: Counter[str] = Counter()
+    for record in read_questions(source):
+        reason = _held_out_by(record, held_out)
+        if reason is None:
+            records.append(record)
+        else:
+            dropped[reason] += 1
+    why = f"{dropped['wording']} held out by the wording of the question and {dropped['context']} by a context"
+    logger.info("%s: %d questions kept for training, %s", source, len(records), why)
+    if not records:
+        raise ValueError(
+            f"questions must hold at least one question that is not held out, got none in {source}: {why}. "
+            "Name other questions, or take the file that they share words with out of held_out."
+        )
+    return records
 
 
 def _cache_key(sources: Sequence[str], tokenizer: Any, held_out: set[str]) -> str:  # noqa: ANN401

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pic_rag.chunking import Segment, fold, place_slots
-from pic_rag.handles import split_handles
-from pic_rag.prompts import INSTRUCTION, rag_messages
+from pic_rag.chunking import Segment, fold, place_slots, token_windows
+from pic_rag.handles import escape_handles, split_handles
+from pic_rag.prompts import INSTRUCTION, rag_messages, repeat_messages
+from pic_rag.questions import Question
 from pic_rag.training.config import TrainConfig
 from pic_rag.training.corpora import QuestionTable, Record, TokenTable
 
@@ -94,8 +95,6 @@ PROMPT_SHAPES: tuple[tuple[float, PromptShape], ...] = (
 )
 """Weights and forms of the prompts that the frameworks really send."""
 
-_REPEAT = "Repeat the document word for word."
-
 
 class ExampleFactory:
     """Draws examples of each task from tokenised corpora."""
@@ -125,6 +124,20 @@ class ExampleFactory:
         """One example of a task, its documents compressed at ratios of those weights."""
         return self._draw[task](ratios, random)
 
+    def pose(self, question: Question, ratio: int) -> Example:
+        """A question as evaluation asks it: all its documents at one ratio, its first answer, a teacher beside."""
+        documents = [self._document_ids(context.document) for context in question.contexts]
+        segments = [self._cut(document, ratio, self.config.pic.slots_per_chunk) for document in documents]
+        messages = rag_messages(
+            escape_handles(question.question), [_handle(number) for number in range(len(documents))]
+        )
+        spans = [(self._render(messages), False), (question.answers[0] + self.tokenizer.eos_token, True)]
+        return Example(
+            [segment for parts in segments for segment in parts],
+            self._sequence(spans, [_memory_places(parts) for parts in segments]),
+            self._sequence(spans, documents),
+        )
+
     def token_counts(self, vocabulary: int) -> torch.Tensor:
         """How often each of `(vocabulary,)` tokens occurs in the texts and in the questions' contexts."""
         tables = [table.contexts for table in self.questions] + ([self.texts] if self.texts else [])
@@ -133,7 +146,7 @@ class ExampleFactory:
     def _reconstruct(self, ratios: Ratios, random: np.random.Generator) -> Example:
         text = self._excerpt(random, 0)
         segments = self._compress([text], ratios, random)
-        prompt = self._render([{"role": "user", "content": f"{_handle(0)}\n\n{_REPEAT}"}])
+        prompt = self._render(repeat_messages(_handle(0)))
         pieces = self._tokenize(prompt, [_memory_places(segments)])
         end = np.array([self.tokenizer.eos_token_id])
         return Example(segments, Dialogue.join([*pieces, (text, True), (end, True)]))
@@ -222,20 +235,23 @@ class ExampleFactory:
 
     def _compress(self, documents: Sequence[np.ndarray], ratios: Ratios, random: np.random.Generator) -> list[Segment]:
         """Segments of some documents at one random ratio and one random number of slots a chunk."""
-        pic = self.config.pic
         weights = np.array(list(ratios.values()))
         ratio = int(random.choice(list(ratios), p=weights / weights.sum()))
         slots_per_chunk = int(random.choice(self.config.slots_per_chunk))
-        cuts = [
-            document[start : start + pic.segment_tokens]
-            for document in documents
-            for start in range(0, len(document), pic.segment_tokens)
-        ]
+        return [part for document in documents for part in self._cut(document, ratio, slots_per_chunk)]
+
+    def _cut(self, document: np.ndarray, ratio: int, slots_per_chunk: int) -> list[Segment]:
+        """Segments of one document."""
+        pic = self.config.pic
+        cuts = [document[start : start + pic.segment_tokens] for start in range(0, len(document), pic.segment_tokens)]
         segments = [place_slots(cut, ratio, slots_per_chunk) for cut in cuts]
         return [part for segment in segments for part in fold(segment)] if pic.foldable else segments
 
     def _render(self, messages: Messages) -> str:
         return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+
+    def _document_ids(self, text: str) -> np.ndarray:
+        return np.concatenate([np.empty(0, dtype=np.int64), *token_windows(text, self.tokenizer)])
 
     def _ids(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
 import os
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from transformers import PreTrainedModel
 from pic_rag.backbone import ModelRef, load_backbone, reader_id
 from pic_rag.checkpoint import READER_FOLDER, Checkpoint
 from pic_rag.encoder import PicEncoder
+from pic_rag.quiet import quiet_loading
 from pic_rag.training.batch import Batch, StepDataset
 from pic_rag.training.config import TrainConfig
 from pic_rag.training.corpora import QuestionTable, held_out_hashes, text_table
@@ -89,14 +93,20 @@ class Trainer:
         self.seconds = 0.0
         self._resume()
 
-    def run(self, minutes: float | None, progress: bool | None) -> Path:
-        """Train from where the run stands to its end, or for some minutes."""
+    def run(self, minutes: float | None, progress: bool | None, watch: Callable[[Trainer], None] | None = None) -> Path:
+        """Train from where the run stands to its end, or for some minutes.
+
+        `watch` is called after every step, before the step can become a checkpoint; what it takes is not training time.
+        """
         steps = range(self.step, self.config.steps)
         dataset = StepDataset(self.config, self.factory, self.accelerator.process_index)
         batches = _loader(dataset, steps, self.config.workers)
         started = saved = time.monotonic()
+        begin = started - self.seconds  # as if the run had been trained in one go
         hidden = progress is False or not self.accelerator.is_main_process
-        log = MetricsLog(self.out / METRICS_FILE, self.step, self.config) if self.accelerator.is_main_process else None
+        log = None
+        if self.accelerator.is_main_process:
+            log = MetricsLog(self.out / METRICS_FILE, self.step, self.seconds, self.config)
         with tqdm(total=self.config.steps, initial=self.step, desc="train", disable=hidden or None) as bar:
             for batch in batches:
                 loss, accuracy, gradient = self._take_step(batch)
@@ -106,13 +116,18 @@ class Trainer:
                 if log is not None:
                     log.add(batch, loss, accuracy, gradient, self._rate(self.step - 1))
                     if self.step % self.config.log_steps == 0 or self.step == self.config.steps:
-                        bar.set_postfix(log.write(self.step, self.seconds + now - started))
+                        bar.set_postfix(log.write(self.step, now - begin))
+                if watch is not None:
+                    paused = time.monotonic()
+                    self.seconds = paused - begin
+                    watch(self)
+                    begin += time.monotonic() - paused
                 if now - saved > 60 * self.config.checkpoint_minutes:
-                    self._save(self.seconds + now - started)
+                    self._save(time.monotonic() - begin)
                     saved = time.monotonic()
                 if minutes is not None and self._agree(now - started > 60 * minutes):
                     break
-        self._save(self.seconds + time.monotonic() - started)
+        self._save(time.monotonic() - begin)
         return self.out / COMPRESSOR_FOLDER
 
     def _take_step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -199,25 +214,27 @@ class Trainer:
             "step": self.step,
             "seconds": seconds,
             "config": _identity(self.config),
+            "stages": _past(self.config, self.step),
             "trained": self.master,
             "optimizer": self.optimizer.state_dict(),
         }
         torch.save(state, self.out / f"{STATE_FILE}.part")
         os.replace(self.out / f"{STATE_FILE}.part", self.out / STATE_FILE)
-        self._export(self.out / COMPRESSOR_FOLDER)
+        self.export(self.out / COMPRESSOR_FOLDER)
 
-    def _export(self, folder: Path) -> None:
+    def export(self, folder: Path) -> None:
         """Write the compressor in bfloat16, and the reader as a peft adapter beside it."""
         reader = None
         generator = self.base
-        if isinstance(self.generator, PeftModel):
-            reader = folder / READER_FOLDER
-            _save_reader(self.generator, reader, self.base.name)
-            generator = ModelRef(self.base.name, reader_id(self.base.id, reader))
         weights = {
             name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in self.encoder.trained_state().items()
         }
-        Checkpoint(self.config.pic, self.base, generator, weights, reader).save(folder)
+        with tempfile.TemporaryDirectory(dir=self.out) as staging:
+            if isinstance(self.generator, PeftModel):
+                reader = Path(staging, READER_FOLDER)
+                _save_reader(self.generator, reader, self.base.name)
+                generator = ModelRef(self.base.name, reader_id(self.base.id, reader))
+            Checkpoint(self.config.pic, self.base, generator, weights, reader).save(folder)
 
     def _resume(self) -> None:
         path = self.out / STATE_FILE
@@ -228,6 +245,12 @@ class Trainer:
             raise ValueError(
                 f"out must be a new folder or hold the same run, got {str(self.out)!r} with another configuration. "
                 "Choose another folder, or delete this one."
+            )
+        past = state.get("stages", _past(self.config, state["step"]))  # a state of an older pic-rag does not say
+        if past != _past(self.config, state["step"]):
+            raise ValueError(
+                f"stages must begin with the {state['step']} steps that the run in {str(self.out)!r} has taken, got "
+                f"other ones. They were: {past}. Put what is to change into steps after those, or choose another out."
             )
         for master, saved in zip(self.master, state["trained"], strict=True):
             master.copy_(saved)
@@ -252,7 +275,8 @@ def _prepare_generator(model: PreTrainedModel, config: TrainConfig) -> PreTraine
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, lora)
+    with quiet_loading():
+        return get_peft_model(model, lora)
 
 
 def _save_reader(generator: PeftModel, folder: Path, base: str) -> None:
@@ -267,7 +291,17 @@ def _loader(dataset: StepDataset, steps: range, workers: int) -> DataLoader[Batc
     )
 
 
+def _past(config: TrainConfig, step: int) -> list[dict[str, Any]]:
+    """The stages up to a step, as JSON types: what a resumed run must have begun with."""
+    past: list[dict[str, Any]] = []
+    for stage in config.stages:
+        if step > 0:
+            past.append({**dataclasses.asdict(stage), "steps": min(stage.steps, step)})
+        step -= stage.steps
+    return json.loads(json.dumps(past))
+
+
 def _identity(config: TrainConfig) -> dict[str, Any]:
-    """What must stay the same in a resumed run: all but the number of steps, which may grow, and how it is logged."""
+    """What must stay the same in a resumed run, besides the stages of the steps taken, and but for how it is logged."""
     free = ("stages", "out", "checkpoint_minutes", "log_steps", "workers", "cache", "compile")
     return {name: value for name, value in json.loads(json.dumps(config.to_dict())).items() if name not in free}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
@@ -18,13 +19,11 @@ from pic_rag.training.config import TrainConfig
 class MetricsLog:
     """Means over `log_steps`, one JSON object a line; numbers leave the device only when a line is written."""
 
-    def __init__(self, path: Path, step: int, config: TrainConfig) -> None:
-        """Begin at a step: lines of later steps, from a run that was killed, are dropped."""
+    def __init__(self, path: Path, step: int, seconds: float, config: TrainConfig) -> None:
+        """Begin at a step, after so many seconds of training."""
         self.path = path
-        head = json.dumps({"config": config.to_dict(), "versions": _versions()})
-        kept = path.read_text(encoding="utf-8").splitlines()[1:] if step else []
-        lines = [head, *(line for line in kept if json.loads(line)["step"] <= step)]
-        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        self.seconds = seconds
+        begin_lines(path, {"config": config.to_dict(), "versions": versions()}, step)
         self._clear()
 
     def add(
@@ -41,12 +40,12 @@ class MetricsLog:
         """Write the means since the last line; returns its losses and accuracies."""
         line: dict[str, float] = {"step": step, "seconds": round(seconds, 1), "rate": self.rate}
         line["gradient_norm"] = torch.stack(self.gradients).mean().item()
-        line["tokens_per_second"] = self.tokens / (time.monotonic() - self.since)
+        line["tokens_per_second"] = self.tokens / max(seconds - self.seconds, 1e-9)
         for task, losses in self.losses.items():
             line[f"{task}_loss"] = torch.stack(losses).mean().item()
             line[f"{task}_accuracy"] = torch.stack(self.accuracies[task]).mean().item()
-        with self.path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(line) + "\n")
+        append_lines(self.path, line)
+        self.seconds = seconds
         self._clear()
         return {name: value for name, value in line.items() if name.endswith(("loss", "accuracy"))}
 
@@ -56,10 +55,23 @@ class MetricsLog:
         self.gradients: list[torch.Tensor] = []
         self.rate = 0.0
         self.tokens = 0
-        self.since = time.monotonic()
 
 
-def _versions() -> dict[str, str]:
+def begin_lines(path: Path, head: Mapping[str, Any], step: int) -> None:
+    """Start a file of lines at a step: lines of later steps, from a run that was killed, are dropped."""
+    kept = path.read_text(encoding="utf-8").splitlines()[1:] if step else []
+    lines = [json.dumps(head), *(line for line in kept if json.loads(line)["step"] <= step)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def append_lines(path: Path, *lines: Mapping[str, Any]) -> None:
+    """Add JSON objects to a file of lines, in one go."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def versions() -> dict[str, str]:
+    """What a run depends on beside its configuration."""
     modules = {"torch": torch, "transformers": transformers, "peft": peft}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {"python": platform.python_version(), "device": device} | {

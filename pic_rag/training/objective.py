@@ -35,17 +35,21 @@ class Objective(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss a target token, and the share of targets that are the likeliest token, both `()` float32."""
+        cross_entropy, divergence, accuracy = self.measure(batch)
+        return cross_entropy + self.distillation * divergence, accuracy
+
+    def measure(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean cross-entropy and KL to the teacher (0 without one) a target token, and the accuracy, `()` float32."""
         hidden = self._read(batch.reads, self.encoder(batch.layout))  # (targets, hidden)
         teacher = None
-        if batch.teacher is not None and self.distillation:
+        if batch.teacher is not None:
             with torch.no_grad(), self._without_reader():
                 teacher = self._read(batch.teacher, None)
         targets = batch.reads.target_ids
-        loss = torch.zeros((), device=hidden.device)
-        correct = torch.zeros((), device=hidden.device)
+        sums = torch.zeros(3, device=hidden.device)
         for start in range(0, len(targets), TARGETS_AT_ONCE):
             part = slice(start, start + TARGETS_AT_ONCE)
-            part_loss, part_correct = checkpoint(
+            sums = sums + checkpoint(
                 self._score,
                 hidden[part],
                 targets[part],
@@ -53,21 +57,19 @@ class Objective(nn.Module):
                 use_reentrant=False,
                 preserve_rng_state=False,
             )
-            loss, correct = loss + part_loss, correct + part_correct
-        return loss / len(targets), correct / len(targets)
+        cross_entropy, divergence, correct = sums / len(targets)
+        return cross_entropy, divergence, correct
 
-    def _score(
-        self, hidden: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Summed loss and number of right guesses of `(targets, hidden)`."""
+    def _score(self, hidden: torch.Tensor, targets: torch.Tensor, teacher: torch.Tensor | None) -> torch.Tensor:
+        """`(3,)`: summed cross-entropy, summed KL to the teacher and number of right guesses of `(targets, hidden)`."""
         logits = self._logits(hidden)  # (targets, vocabulary)
-        loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        cross_entropy = nn.functional.cross_entropy(logits, targets, reduction="sum")
+        divergence = torch.zeros_like(cross_entropy)
         if teacher is not None:
             with torch.no_grad():
                 wanted = self._logits(teacher).log_softmax(-1)
             divergence = nn.functional.kl_div(logits.log_softmax(-1), wanted, reduction="sum", log_target=True)
-            loss = loss + self.distillation * divergence
-        return loss, (logits.argmax(-1) == targets).sum()
+        return torch.stack([cross_entropy, divergence, (logits.argmax(-1) == targets).sum()])
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         logits = self.generator.get_output_embeddings()(hidden).float()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -12,9 +11,7 @@ from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackMana
 from langchain_core.language_models import LanguageModelInput
 from langchain_core.language_models.base import LangSmithParams
 from langchain_core.language_models.chat_models import BaseChatModel
-from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage, convert_to_openai_messages
-from langchain_core.messages.ai import UsageMetadata
-from langchain_core.messages.tool import tool_call_chunk
+from langchain_core.messages import AIMessage, AIMessageChunk, BaseMessage
 from langchain_core.outputs import ChatGeneration, ChatGenerationChunk, ChatResult
 from langchain_core.runnables import Runnable
 from langchain_core.tools import BaseTool
@@ -22,18 +19,22 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, model_validator
 
 from langchain_pic_rag.guard import LLM_TYPE
+from langchain_pic_rag.messages import all_handles, only_handles, to_prompt, tool_chunk, usage
 from langchain_pic_rag.settings import ModelSettings
-from langchain_pic_rag.texts import content_handles, map_content
-from langchain_pic_rag.tools import format_calls, parse_calls, tool_instructions
-from pic_rag import UnknownHandleError, escape_handles, find_handles, shared_generator
+from langchain_pic_rag.tools import parse_calls
+from pic_rag import UnknownHandleError, find_handles, shared_generator
 
 if TYPE_CHECKING:
     import builtins
 
-    from pic_rag import Generation, Generator, Memory
+    from pic_rag import BaseGenerator, Generation, Memory
 else:
-    Generator = Any  # pydantic reads annotations at import, when torch must not be loaded yet
+    BaseGenerator = Any  # pydantic reads annotations at import, when torch must not be loaded yet
 
+_REMEDY = (
+    "This namespace of the store has neither its memory nor its text. Compress its document again (keep_source=True "
+    "keeps the text too), or put escape_input before the chain if a user typed it."
+)
 _SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
 
 
@@ -50,9 +51,10 @@ class ChatPIC(ModelSettings, BaseChatModel):
     """A generator that reads the memories behind handles, in messages of every role.
 
     A handle resolves only if this model's store holds it in this model's namespace, made by this model's compressor;
-    any other raises `UnknownHandleError`. With `invoke(..., handles=[...])` only those resolve, and every other
-    handle in the prompt is text. What users type cannot be told from what a template put beside it: pass their words
-    through `escape_input` before they meet the documents.
+    any other raises `UnknownHandleError`. A memory that the store has lost is made again if its text is still there.
+    With `invoke(..., handles=[...])` only those resolve, and every other handle in the prompt is text. What users type
+    cannot be told from what a template put beside it: pass their words through `escape_input` before they meet the
+    documents.
 
     Raises:
         UnknownHandleError: when called, for a handle that this namespace does not hold.
@@ -61,13 +63,16 @@ class ChatPIC(ModelSettings, BaseChatModel):
 
     model_config = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True, extra="ignore")
 
+    ignored_settings: ClassVar[frozenset[str]] = frozenset({"api_key", "max_retries", "streaming", "timeout"})
+    """What applications pass to every chat model, and one in this process has no use for."""
+
     reads_handles: ClassVar[bool] = True
 
     generator_name: str | None = None
     """Where the generator is, when it is not where the compressor's checkpoint says."""
 
-    generator: Generator | None = Field(default=None, exclude=True, repr=False)
-    """A ready `pic_rag.Generator`, used instead of the one the compressor names."""
+    generator: BaseGenerator | None = Field(default=None, exclude=True, repr=False)
+    """A ready `pic_rag.Generator` or `VLLMGenerator`, used instead of the one the compressor names."""
 
     max_tokens: int = Field(default=256, ge=1)
     """Length in tokens at which an answer ends in any case."""
@@ -90,7 +95,7 @@ class ChatPIC(ModelSettings, BaseChatModel):
             self._require_pair(self.generator)
         return self
 
-    def get_generator(self) -> Generator:
+    def get_generator(self) -> BaseGenerator:
         """The generator, loaded at the first call of any component with the same settings."""
         if self.generator is not None:
             if self.compressor is None:
@@ -168,8 +173,8 @@ class ChatPIC(ModelSettings, BaseChatModel):
         Raises:
             UnknownHandleError: for a handle that this namespace does not hold.
         """
-        prompt = _to_prompt(messages, [convert_to_openai_tool(tool) for tool in tools or ()])
-        return self.get_generator().count_tokens(prompt, self._memories(_handles(messages)))
+        prompt = to_prompt(messages, [convert_to_openai_tool(tool) for tool in tools or ()])
+        return self.get_generator().count_tokens(prompt, self._memories(all_handles(messages)))
 
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of a text; a handle, which has none, is tokenised as the characters it is written in."""
@@ -189,7 +194,7 @@ class ChatPIC(ModelSettings, BaseChatModel):
             content=use.text if use else generation.text,
             tool_calls=use.calls if use else [],
             invalid_tool_calls=use.invalid if use else [],
-            usage_metadata=_usage(generation),
+            usage_metadata=usage(generation),
             response_metadata=self._response_metadata(generation, call.tokens_saved),
         )
         info = {"finish_reason": generation.finish_reason}
@@ -213,10 +218,10 @@ class ChatPIC(ModelSettings, BaseChatModel):
                 if not kwargs.get("tools"):  # with tools the answer may be a call, which is read when it is whole
                     yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
         if kwargs.get("tools"):
-            yield _tool_chunk(generation.text)
+            yield tool_chunk(generation.text)
         last = AIMessageChunk(
             content="",
-            usage_metadata=_usage(generation),
+            usage_metadata=usage(generation),
             response_metadata=self._response_metadata(generation, call.tokens_saved),
             chunk_position="last",
         )
@@ -251,12 +256,12 @@ class ChatPIC(ModelSettings, BaseChatModel):
                 f"{kwargs[min(unknown)]!r}. ChatPIC has no such option: leave it out."
             )
         if (allowed := kwargs.get("handles")) is not None:
-            messages = [_only(message, set(allowed)) for message in messages]
+            messages = [only_handles(message, set(allowed)) for message in messages]
         options = {name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in _SAMPLING}
         options["max_new_tokens"] = options.pop("max_tokens")
         options["stop"] = tuple(self.stop or () if stop is None else stop)
-        prompt = _to_prompt(messages, kwargs.get("tools") or (), kwargs.get("tool_choice"))
-        handles = _handles(messages)
+        prompt = to_prompt(messages, kwargs.get("tools") or (), kwargs.get("tool_choice"))
+        handles = all_handles(messages)
         memories = self._memories(handles)
         saved = sum(memories[handle].text_tokens - memories[handle].memory_tokens for handle in handles)
         return _Call(prompt, memories, options, saved)
@@ -266,11 +271,23 @@ class ChatPIC(ModelSettings, BaseChatModel):
         wanted = list(dict.fromkeys(handles))
         if not wanted:
             return {}
-        found = dict(zip(wanted, self.get_memory_cache().get(wanted), strict=True))
-        for handle, memory in found.items():
-            if memory is None:
-                raise UnknownHandleError(handle, sum(memory is not None for memory in found.values()))
-        return {handle: memory for handle, memory in found.items() if memory is not None}
+        stored = zip(wanted, self.get_memory_cache().get(wanted), strict=True)
+        found = {handle: memory for handle, memory in stored if memory is not None}
+        found |= self._compress_again([handle for handle in wanted if handle not in found])
+        for handle in wanted:
+            if handle not in found:
+                raise UnknownHandleError(handle, len(found), _REMEDY)
+        return found
+
+    def _compress_again(self, handles: Sequence[str]) -> builtins.dict[str, Memory]:
+        """Memories that the store has lost, of the handles whose source text it still holds."""
+        made: builtins.dict[str, Memory] = {}
+        for handle, text in (self.sources.get(handles) if handles else {}).items():
+            compressor = self.get_compressor()
+            for ratio in compressor.config.ratios:
+                if compressor.handle(text, ratio) == handle:
+                    [made[handle]], _ = self.get_memory_cache().get_or_compress([text], compressor, ratio)
+        return made
 
     def _response_metadata(self, generation: Generation, tokens_saved: int) -> builtins.dict[str, Any]:
         return {
@@ -280,71 +297,10 @@ class ChatPIC(ModelSettings, BaseChatModel):
             "tokens_saved": tokens_saved,
         }
 
-    def _require_pair(self, generator: Generator) -> None:
+    def _require_pair(self, generator: BaseGenerator) -> None:
         wanted = self.get_checkpoint().generator.id
         if wanted != generator.model_id:
             raise ValueError(
                 f"generator must be {wanted!r}, which the compressor makes memories for, got {generator.model_id!r}. "
                 "Load it with reader=compressor.reader, or use a compressor trained for it."
             )
-
-
-def _to_prompt(
-    messages: Sequence[BaseMessage], tools: Sequence[dict[str, Any]] = (), tool_choice: str | None = None
-) -> list[dict[str, Any]]:
-    """Messages as pic-rag takes them, tools and tool calls written out as text."""
-    prompt = [_with_calls(message) for message in convert_to_openai_messages(list(messages))]
-    if tools:
-        instructions = tool_instructions(tools, tool_choice)
-        if prompt and prompt[0]["role"] == "system":
-            instructions = f"{_text(prompt.pop(0)['content'])}\n\n{instructions}"
-        prompt.insert(0, {"role": "system", "content": instructions})
-    return prompt
-
-
-def _with_calls(message: dict[str, Any]) -> dict[str, Any]:
-    calls = message.pop("tool_calls", None)
-    if not calls:
-        return message
-    return {**message, "content": "\n".join(filter(None, [_text(message.get("content")), format_calls(calls)]))}
-
-
-def _text(content: str | list[dict[str, Any]] | None) -> str:
-    if isinstance(content, str):
-        return content
-    return "\n".join(part["text"] for part in content or [] if part.get("type") == "text")
-
-
-def _handles(messages: Sequence[BaseMessage]) -> list[str]:
-    return [handle for message in messages for handle in content_handles(message)]
-
-
-def _only(message: BaseMessage, allowed: set[str]) -> BaseMessage:
-    """The message with every handle that is not allowed turned into text."""
-
-    def keep(text: str) -> str:
-        for handle in set(find_handles(text)) - allowed:
-            text = text.replace(handle, escape_handles(handle))
-        return text
-
-    return message.model_copy(update={"content": map_content(message, keep)})
-
-
-def _usage(generation: Generation) -> UsageMetadata:
-    details: Any = {"memory": generation.memory_tokens}  # LangChain allows keys of a provider's own
-    return UsageMetadata(
-        input_tokens=generation.prompt_tokens,
-        output_tokens=generation.completion_tokens,
-        total_tokens=generation.prompt_tokens + generation.completion_tokens,
-        input_token_details=details,
-    )
-
-
-def _tool_chunk(answer: str) -> ChatGenerationChunk:
-    """A whole answer as one chunk, its tool calls taken out."""
-    use = parse_calls(answer)
-    chunks = [
-        tool_call_chunk(name=call["name"], args=json.dumps(call["args"]), id=call["id"], index=index)
-        for index, call in enumerate(use.calls)
-    ]
-    return ChatGenerationChunk(message=AIMessageChunk(content=use.text, tool_call_chunks=chunks))

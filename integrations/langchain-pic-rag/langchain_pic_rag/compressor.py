@@ -22,10 +22,10 @@ from langchain_pic_rag.guard import reads_handles
 from langchain_pic_rag.metadata import with_memory
 from langchain_pic_rag.restoring import restore_document
 from langchain_pic_rag.settings import ModelSettings
-from pic_rag import UnknownHandleError, escape_handles, shared_compressor
+from pic_rag import UnknownHandleError, escape_handles, find_handles
 
 if TYPE_CHECKING:
-    from pic_rag import Compressor, MemoryCache
+    from pic_rag import MemoryCache
 
 
 class CompressionSettings(ModelSettings):
@@ -42,10 +42,6 @@ class CompressionSettings(ModelSettings):
 
     keep_source: bool = True
     """Keep each text in `metadata["pic_source_text"]` and, by handle, in the store, so that it can be restored."""
-
-    def get_compressor(self) -> Compressor:
-        """The compressor, loaded at the first call of any component with the same settings."""
-        return shared_compressor(self.model_name, **self.loading) if self.compressor is None else self.compressor
 
     def get_memory_cache(self) -> MemoryCache:
         """The memories of this compressor in this namespace, written as `at_rest` says."""
@@ -98,7 +94,8 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
     Only `ChatPIC` reads handles. A compressor does not see which LLM comes after it: name it as `llm`, and an LLM that
     cannot read handles is an error at construction, or gets the text (`fallback="text"`).
 
-    Memories do not depend on the query, so one memory serves every question.
+    Memories do not depend on the query, so one memory serves every question. A query that holds a handle is refused:
+    chains print the same words into the prompt, where it would stand for a memory that nobody retrieved.
 
     Raises:
         ValueError: `llm` does not read handles and `fallback` is "error", or `fallback` is "text" without `llm`.
@@ -134,13 +131,14 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
 
         Args:
             documents: retrieved documents, best first. One that was compressed before is compressed from its source.
-            query: not needed; a trace shows it.
+            query: not needed; a trace shows it. It must not hold a handle.
             callbacks: get a run named after this class whose outputs say how many tokens were saved.
 
         Raises:
-            ValueError: the compressor does not serve the ratio.
+            ValueError: the compressor does not serve the ratio, or the query holds a handle.
             UnknownHandleError: a document holds a handle, but neither its text nor its memory is to be found.
         """
+        _refuse_handles(query)
         if not documents:
             return []
         manager = get_callback_manager_for_config(_config(callbacks))
@@ -157,6 +155,7 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """`compress_documents` in a thread of its own: the event loop is never blocked."""
+        _refuse_handles(query)
         if not documents:
             return []
         manager = get_async_callback_manager_for_config(_config(callbacks))
@@ -207,6 +206,13 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
     def _as_text(self, document: Document) -> Document:
         original = restore_document(document, self.sources)
         return original.model_copy(update={"page_content": escape_handles(original.page_content)})
+
+
+def _refuse_handles(query: str) -> None:
+    if handles := find_handles(query or ""):
+        raise ValueError(
+            f"query must not hold a handle, got {handles[0]}. Put escape_input before the chain: users type text."
+        )
 
 
 def _label(document: Document, number: int) -> str:

@@ -5,13 +5,13 @@ Constructing a component reads no file. What equal settings lead to is shared in
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 import pic_rag
 from langchain_pic_rag.sources import SourceTexts
-from pic_rag import MemoryStore, shared_checkpoint, shared_store
+from pic_rag import MemoryStore, shared_checkpoint, shared_compressor, shared_store
 
 if TYPE_CHECKING:
     from pic_rag import Checkpoint, Compressor, MemoryCache
@@ -24,6 +24,9 @@ class StoreSettings(BaseModel):
 
     model_config = ConfigDict(arbitrary_types_allowed=True, populate_by_name=True, extra="forbid")
 
+    ignored_settings: ClassVar[frozenset[str]] = frozenset()
+    """Names that are taken and have no effect."""
+
     store: MemoryStore | None = None
     """Keys to bytes: a pic-rag store or any LangChain `ByteStore`. None: a SQLite file in `cache_folder`."""
 
@@ -32,6 +35,16 @@ class StoreSettings(BaseModel):
 
     cache_folder: str | None = None
     """Folder of the default store; None: pic-rag's own. (Models are cached where PIC_RAG_CACHE and HF_HOME say.)"""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        """A misspelt setting would do nothing; pydantic's own error does not say which settings there are."""
+        known = {name for field, info in cls.model_fields.items() for name in (field, info.alias) if name}
+        unknown = set(values) - known - cls.ignored_settings if isinstance(values, dict) else ()
+        if unknown:
+            raise ValueError(f"Unknown setting {min(unknown)!r}. {cls.__name__} has: {', '.join(sorted(known))}.")
+        return values
 
     def get_store(self) -> MemoryStore:
         """The store in use."""
@@ -69,6 +82,10 @@ class ModelSettings(StoreSettings):
     def get_checkpoint(self) -> Checkpoint:
         """What the compressor is on disk: it tells whose memories these are, and no model is loaded for it."""
         return shared_checkpoint(self.model_name) if self.compressor is None else self.compressor.checkpoint
+
+    def get_compressor(self) -> Compressor:
+        """The compressor, loaded at the first call of any component with the same settings."""
+        return shared_compressor(self.model_name, **self.loading) if self.compressor is None else self.compressor
 
     def get_memory_cache(self) -> MemoryCache:
         """The memories of this compressor in this namespace."""

@@ -269,6 +269,13 @@ def test_predict_and_stream_work_with_prompt_templates(llm, memory):
     assert asyncio.run(llm.apredict(template, context=memory.handle)) == whole
 
 
+def test_a_misspelt_setting_and_an_impossible_namespace_are_refused():
+    with pytest.raises(ValueError, match=r"Unknown setting 'max_tokens'. PICLLM has: .*max_new_tokens"):
+        PICLLM(max_tokens=4)
+    with pytest.raises(ValueError, match="namespace"):
+        PICLLM(namespace="a/b")
+
+
 def test_settings_survive_json_without_the_objects(llm):
     restored = PICLLM.from_dict({**llm.to_dict(), "namespace": "b"})
     assert restored.namespace == "b"

@@ -8,13 +8,13 @@ import pytest
 from llama_index.core import Settings
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.evaluation import FaithfulnessEvaluator
-from llama_index.core.llms import MockLLM
+from llama_index.core.llms import ChatMessage, MockLLM
 from llama_index.core.query_engine import CitationQueryEngine
 from llama_index.core.response_synthesizers import ResponseMode
 from llama_index.llms.pic_rag import PICLLM
 from llama_index.postprocessor.pic_rag import PICCompressor
 
-from pic_rag import find_handles
+from pic_rag import escape_handles, find_handles
 
 WITHOUT_CONTEXT = {ResponseMode.GENERATION, ResponseMode.NO_TEXT, ResponseMode.CONTEXT_ONLY}
 
@@ -163,6 +163,26 @@ def test_a_handle_smuggled_into_a_question_never_reaches_the_llm(index, compress
     with pytest.raises(ValueError, match="query must not hold a handle"):
         engine.query(f"Repeat {handle}")
     assert recording.prompts == []
+
+
+@pytest.mark.parametrize("mode", ["context", "condense_question", "condense_plus_context"])
+def test_a_handle_smuggled_into_a_chat_is_never_answered(index, compressor, llm, mode):
+    def engine():
+        return index.as_chat_engine(chat_mode=mode, llm=llm, node_postprocessors=[compressor])
+
+    talking = engine()
+    handle = find_handles(str(talking.chat("Who?").source_nodes[0].metadata))[0]
+    smuggled = f"Repeat {handle}"
+    history = [ChatMessage("Who?"), ChatMessage("Ida Brandt.", role="assistant")]
+    for call in (
+        lambda: talking.chat(smuggled),  # after a turn: an LLM condenses the question before anything is retrieved
+        lambda: engine().stream_chat(smuggled, history),
+        lambda: asyncio.run(engine().achat(smuggled, history)),
+        lambda: asyncio.run(engine().astream_chat(smuggled, history)),
+    ):
+        with pytest.raises(ValueError, match="query must not hold a handle"):
+            call()
+    assert talking.chat(escape_handles(smuggled)).source_nodes
 
 
 def test_thirty_two_concurrent_queries_answer_as_one_by_one(index, compressor, llm):

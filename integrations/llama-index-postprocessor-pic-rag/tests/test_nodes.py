@@ -13,7 +13,7 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
-from llama_index.postprocessor.pic_rag import PICCompressEndEvent, PICCompressor, restore_nodes
+from llama_index.postprocessor.pic_rag import PICCompressEndEvent, PICCompressor, PICTransform, restore_nodes
 
 from pic_rag import escape_handles, find_handles
 
@@ -221,6 +221,14 @@ def test_an_llm_that_looks_in_another_namespace_is_told_apart(tiny_compressor, s
     other = PICCompressor(compressor=tiny_compressor, store=store, namespace="b", llm=llm)
     with pytest.raises(ValueError, match="namespace"):
         other.postprocess_nodes(nodes)
+
+
+@pytest.mark.parametrize("component", [PICCompressor, PICTransform])
+def test_a_misspelt_setting_and_an_impossible_namespace_are_refused(component):
+    with pytest.raises(ValueError, match=r"Unknown setting 'rato'. \w+ has: .*namespace, ratio, .*store"):
+        component(rato=4)
+    with pytest.raises(ValueError, match="namespace"):
+        component(namespace="a/b")
 
 
 def test_settings_survive_json_without_the_objects(compressor):

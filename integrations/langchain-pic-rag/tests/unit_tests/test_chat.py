@@ -166,6 +166,36 @@ def test_a_handle_that_a_user_types_is_text_behind_escape_input(chat, handles, p
     assert typed["number"] == 3
 
 
+def test_a_question_that_holds_a_handle_is_refused_before_anything_is_read(chat, handles, pic_retriever):
+    chain = create_retrieval_chain(pic_retriever, create_stuff_documents_chain(chat, PROMPT))
+    runs = RunCollectorCallbackHandler()
+    with pytest.raises(ValueError, match="query must not hold a handle, got .* Put escape_input before the chain"):
+        chain.invoke({"input": f"what is {handles[0]}?"}, {"callbacks": [runs]})
+    with pytest.raises(ValueError, match="query must not hold a handle"):
+        asyncio.run(chain.ainvoke({"input": f"what is {handles[0]}?"}))
+    assert _find(runs.traced_runs[0], "ChatPIC") is None
+    assert (escape_input | chain).invoke({"input": f"what is {handles[0]}?"})["answer"]
+
+
+def test_a_memory_that_the_store_has_lost_is_made_again_from_the_text_it_keeps(chat, compressor, documents, store):
+    expected = {}
+    for ratio in (4, 16):
+        made = compressor.model_copy(update={"ratio": ratio}).compress_documents(documents[:1], "q")
+        expected[made[0].page_content] = chat.invoke(made[0].page_content).content
+    store.mdelete([key for key in store.yield_keys() if "/text/" not in key])
+    assert {handle: chat.invoke(handle).content for handle in expected} == expected
+    store.mdelete(list(store.yield_keys()))
+    with pytest.raises(UnknownHandleError, match=r"neither its memory nor its text. Compress its document again"):
+        chat.invoke(next(iter(expected)))
+
+
+def test_a_text_of_another_namespace_or_compressor_makes_no_memory(chat, handles, store, other_compressor):
+    store.mdelete([key for key in store.yield_keys() if "/text/" not in key])
+    for other in ({"namespace": "other"}, {"compressor": other_compressor}):
+        with pytest.raises(UnknownHandleError):
+            chat.model_copy(update=other).invoke(handles[0])
+
+
 def test_with_a_list_of_handles_no_other_resolves(chat, handles):
     prompt = f"{handles[0]} {handles[1]} [[pic:{'0' * 32}]]"
     read = chat.invoke(prompt, handles=[handles[1]]).usage_metadata["input_token_details"]["memory"]

@@ -85,7 +85,9 @@ def test_importing_and_constructing_load_no_torch():
 
 
 def test_a_misspelt_setting_is_refused():
-    with pytest.raises(ValueError, match="ration"):
-        PICCompressor(ration=8)
+    for component in (PICCompressor, PICDocumentTransformer, PICRestore, ChatPIC):
+        with pytest.raises(ValueError, match=r"Unknown setting 'namespase'. \w+ has: .*namespace, .*store"):
+            component(namespase="a")
     with pytest.raises(ValueError, match="namespace"):
         PICCompressor(namespace="a/b")
+    assert ChatPIC(timeout=3, max_retries=2, streaming=True, model="m").model_name == "m"

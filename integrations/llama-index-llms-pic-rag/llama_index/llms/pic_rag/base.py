@@ -18,17 +18,21 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     LLMMetadata,
 )
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM, default_completion_to_prompt
 from llama_index.llms.pic_rag.responses import as_chat, as_messages, completion, completions
 from llama_index.llms.pic_rag.streams import iterate_in_thread
 
-from pic_rag import find_handles, shared_checkpoint, shared_generator, shared_store
+from pic_rag import UnknownHandleError, find_handles, shared_checkpoint, shared_generator, shared_store
 
 if TYPE_CHECKING:
-    from pic_rag import Checkpoint, Generation, Generator, Memory, MemoryCache
+    from pic_rag import BaseGenerator, Checkpoint, Generation, Memory, MemoryCache
 
+_REMEDY = (
+    "This namespace of the store does not have its memory: pass its node through PICCompressor again, with the same "
+    "compressor, store and namespace, or through pic_rag.escape_handles if a user typed it."
+)
 Prompt = str | list[dict[str, Any]]
 
 
@@ -51,7 +55,11 @@ class PICLLM(LLM):
     )
     device: str | None = Field(default=None, description="Where to run; None: cuda, mps or cpu.")
     dtype: str | None = Field(default=None, description="Compute dtype; None: the device's fast one.")
-    namespace: str = Field(default="default", description="Only memories of this namespace of the store are read.")
+    namespace: str = Field(
+        default="default",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        description="Only memories of this namespace of the store are read.",
+    )
     cache_folder: str | None = Field(
         default=None, description="Folder of the default store, memories.sqlite; None: pic-rag's cache folder."
     )
@@ -69,7 +77,7 @@ class PICLLM(LLM):
         default_factory=dict, description="Further arguments of Generator.from_pretrained."
     )
     generator: Any = Field(
-        default=None, exclude=True, repr=False, description="A pic_rag.Generator, in place of a name."
+        default=None, exclude=True, repr=False, description="A pic_rag.Generator or VLLMGenerator, in place of a name."
     )
     compressor: Any = Field(default=None, exclude=True, repr=False, description="A pic_rag.Compressor, likewise.")
     store: Any = Field(
@@ -77,6 +85,17 @@ class PICLLM(LLM):
     )
 
     _memory_tokens: dict[str, int] = PrivateAttr(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        """LlamaIndex takes a misspelt setting without a word, and it would do nothing."""
+        unknown = set(values) - set(cls.model_fields) if isinstance(values, dict) else ()
+        if unknown:
+            raise ValueError(
+                f"Unknown setting {min(unknown)!r}. {cls.__name__} has: {', '.join(sorted(cls.model_fields))}."
+            )
+        return values
 
     @classmethod
     def class_name(cls) -> str:
@@ -103,7 +122,7 @@ class PICLLM(LLM):
         """The checkpoint of the compressor whose memories are read; the compressor itself is not loaded."""
         return shared_checkpoint(self.model_name) if self.compressor is None else self.compressor.checkpoint
 
-    def get_generator(self) -> Generator:
+    def get_generator(self) -> BaseGenerator:
         """The model that answers: the one given, or one that all components with the same settings share."""
         if self.generator is not None:
             return self.generator
@@ -217,12 +236,20 @@ class PICLLM(LLM):
         return as_messages(messages)
 
     def _read(self, prompt: Prompt) -> list[Memory]:
-        """The memories of the prompt's handles. One that is missing is named by the generator."""
+        """The memories of the prompt's handles.
+
+        Raises:
+            UnknownHandleError: one is missing. Its text is not at hand here: only the postprocessor has the nodes.
+        """
         texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
         handles = list(dict.fromkeys(handle for text in texts for handle in find_handles(text)))
         if not handles:
             return []
-        return [memory for memory in self.get_memory_cache().get(handles) if memory is not None]
+        memories = self.get_memory_cache().get(handles)
+        known = [memory for memory in memories if memory is not None]
+        if None in memories:
+            raise UnknownHandleError(handles[memories.index(None)], len(known), _REMEDY)
+        return known
 
     def _tokenize_text(self, text: str) -> list[int]:
         tokenizer = self.get_generator().tokenizer

@@ -1,4 +1,4 @@
-"""Which LLM will read the nodes, and whether it reads memories.
+"""Which LLM will read the nodes, whether it reads memories, and what the user said to get them.
 
 LlamaIndex does not tell a postprocessor who reads its nodes. What can be known is looked up in this order: the LLM
 given to the postprocessor, the LLM of the query or chat engine that is calling (found on the call stack), and the LLM
@@ -8,6 +8,8 @@ set in `Settings`. Nodes that are postprocessed by hand and passed on later may 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from types import FrameType
 
 from llama_index.core import Settings
 from llama_index.core.base.base_query_engine import BaseQueryEngine
@@ -34,6 +36,12 @@ def find_reader() -> BaseLLM | Nobody | None:
     return reader if isinstance(reader, BaseLLM) else None
 
 
+def user_messages() -> list[str]:
+    """What was said to the chat engines that are calling. A query may be a question that an LLM made of it."""
+    messages = [frame.f_locals.get("message") for frame, owner in _callers() if isinstance(owner, BaseChatEngine)]
+    return [message for message in messages if isinstance(message, str)]
+
+
 def reads_memories(llm: BaseLLM) -> bool:
     """Whether an LLM can be asked which handles it does not know, which is what makes it read memories."""
     return callable(getattr(unwrap(llm), "unknown_handles", None))
@@ -46,10 +54,12 @@ def unwrap(llm: BaseLLM) -> BaseLLM:
 
 def _calling_engine() -> BaseQueryEngine | BaseChatEngine | None:
     """The innermost engine on the call stack; one that awaits is on it too."""
+    return next((owner for _, owner in _callers() if isinstance(owner, (BaseQueryEngine, BaseChatEngine))), None)
+
+
+def _callers() -> Iterator[tuple[FrameType, object]]:
+    """The frames of the call stack, innermost first, with the object whose method each of them runs."""
     frame = inspect.currentframe()
     while frame is not None:
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, (BaseQueryEngine, BaseChatEngine)):
-            return owner
+        yield frame, frame.f_locals.get("self")
         frame = frame.f_back
-    return None

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
-from llama_index.postprocessor.pic_rag.answering import Nobody, find_reader, reads_memories, unwrap
+from llama_index.postprocessor.pic_rag.answering import Nobody, find_reader, reads_memories, unwrap, user_messages
 from llama_index.postprocessor.pic_rag.nodes import restore_nodes, show_handle
 from llama_index.postprocessor.pic_rag.settings import CompressionSettings
 
@@ -46,21 +46,17 @@ class PICCompressor(CompressionSettings, BaseNodePostprocessor):
     def _postprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        return self._compress(nodes, query_bundle, self.llm or find_reader())
+        _refuse_handles(query_bundle)
+        return self._compress(nodes, self.llm or find_reader())
 
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
-        reader = self.llm or find_reader()  # here: another thread does not see the engine
-        return await asyncio.to_thread(self._compress, nodes, query_bundle, reader)
-
-    def _compress(
-        self,
-        nodes: list[NodeWithScore],
-        query_bundle: QueryBundle | None,
-        reader: Any,
-    ) -> list[NodeWithScore]:
         _refuse_handles(query_bundle)
+        reader = self.llm or find_reader()  # here: another thread does not see the engine
+        return await asyncio.to_thread(self._compress, nodes, reader)
+
+    def _compress(self, nodes: list[NodeWithScore], reader: Any) -> list[NodeWithScore]:
         kept = nodes[: self.top_n]
         if not self._shows_handles(reader):
             return restore_nodes(kept)
@@ -102,8 +98,7 @@ class PICCompressor(CompressionSettings, BaseNodePostprocessor):
 
 
 def _refuse_handles(query_bundle: QueryBundle | None) -> None:
-    """A question is printed into the prompt as it is, where a handle in it would be resolved."""
-    if query_bundle is not None and (handles := find_handles(query_bundle.query_str)):
-        raise ValueError(
-            f"query must not hold a handle, got {handles[0]}. Pass it through pic_rag.escape_handles first."
-        )
+    """What a user asks is printed into the prompt as it is, where a handle in it would be resolved."""
+    asked = [*user_messages(), *([] if query_bundle is None else [query_bundle.query_str])]
+    for handle in (handle for words in asked for handle in find_handles(words)):
+        raise ValueError(f"query must not hold a handle, got {handle}. Pass it through pic_rag.escape_handles first.")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field
+from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, model_validator
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.schema import BaseNode, MetadataMode
 from llama_index.postprocessor.pic_rag.events import PICCompressEndEvent, PICCompressStartEvent
@@ -32,7 +32,11 @@ class CompressionSettings(BaseModel):
     device: str | None = Field(default=None, description="Where to compress; None: cuda, mps or cpu.")
     dtype: str | None = Field(default=None, description="Compute dtype; None: the device's fast one.")
     batch_size: int | None = Field(default=None, ge=1, description="Encoder rows computed at once.")
-    namespace: str = Field(default="default", description="Keeps the memories of different users of a store apart.")
+    namespace: str = Field(
+        default="default",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$",
+        description="Keeps the memories of different users of a store apart.",
+    )
     at_rest: Literal["bf16", "int8", "int4"] = Field(default="bf16", description="How memories are kept in the store.")
     metadata_mode: MetadataMode = Field(
         default=MetadataMode.LLM,
@@ -50,6 +54,17 @@ class CompressionSettings(BaseModel):
     store: Any = Field(
         default=None, exclude=True, repr=False, description="A pic_rag.MemoryStore or any LangChain ByteStore."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_names(cls, values: Any) -> Any:
+        """LlamaIndex takes a misspelt setting without a word, and it would do nothing."""
+        unknown = set(values) - set(cls.model_fields) if isinstance(values, dict) else ()
+        if unknown:
+            raise ValueError(
+                f"Unknown setting {min(unknown)!r}. {cls.__name__} has: {', '.join(sorted(cls.model_fields))}."
+            )
+        return values
 
     def get_compressor(self) -> Compressor:
         """The compressor: the one given, or one that all components with the same settings share."""

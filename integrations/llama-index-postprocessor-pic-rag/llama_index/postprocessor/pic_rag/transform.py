@@ -11,6 +11,8 @@ from llama_index.core.schema import BaseNode, TransformComponent
 from llama_index.postprocessor.pic_rag.nodes import note_handle, restore_node, show_handle
 from llama_index.postprocessor.pic_rag.settings import CompressionSettings
 
+_IDENTITY = ("fingerprint", "compute_dtype")
+
 
 class PICTransform(CompressionSettings, TransformComponent):
     """Compresses nodes into the store, for `PICCompressor` with the same settings to find. Put it after the splitter.
@@ -48,4 +50,10 @@ class PICTransform(CompressionSettings, TransformComponent):
         A name alone would not do: other weights in the same folder make other memories.
         """
         compressor = self.get_compressor()
-        return {**super().to_dict(**kwargs), "fingerprint": compressor.fingerprint, "compute_dtype": compressor.dtype}
+        identity = dict(zip(_IDENTITY, (compressor.fingerprint, compressor.dtype), strict=True))
+        return {**super().to_dict(**kwargs), **identity}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any], **kwargs: Any) -> PICTransform:
+        """The component of a `to_dict`; the fingerprint in it identifies, and is no setting."""
+        return super().from_dict({name: value for name, value in data.items() if name not in _IDENTITY}, **kwargs)

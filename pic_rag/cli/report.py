@@ -1,0 +1,62 @@
+"""`pic-rag report`: the table of an evaluation, printed or put into Markdown files."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from pic_rag.cli.options import Commands, add_command, names
+from pic_rag.evaluation.report import COLUMNS, DEFAULT_COLUMNS, read_report, refill, report_table
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "report",
+        help="the table of an evaluation",
+        description="Print the rows of a report as a Markdown table; or with --update renew the tables of Markdown "
+        "files, which stand between <!-- pic-rag report FILE [options] --> and <!-- end of report -->, FILE as seen "
+        "from the Markdown file.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("report", nargs="?", metavar="FILE", help="what `pic-rag eval --json` wrote")
+    what.add_argument("--update", nargs="+", metavar="MARKDOWN", help="Markdown files whose tables are renewed")
+    _add_options(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print, or renew."""
+    if args.report is not None:
+        print(report_table(read_report(args.report), args.columns, args.rows), end="")
+        return 0
+    for path in map(Path, args.update):
+        path.write_text(updated(path), encoding="utf-8")
+        print(path)
+    return 0
+
+
+def updated(path: Path) -> str:
+    """A Markdown file's text with its tables as their reports have them now."""
+    marker = argparse.ArgumentParser(add_help=False, exit_on_error=False)
+    marker.add_argument("report")
+    _add_options(marker)
+
+    def render(options: str) -> str:
+        args = marker.parse_args(shlex.split(options))
+        return report_table(read_report(path.parent / args.report), args.columns, args.rows)
+
+    return refill(path.read_text(encoding="utf-8"), render)
+
+
+def _add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--columns",
+        type=names,
+        default=DEFAULT_COLUMNS,
+        metavar="A,B",
+        help=f"of {', '.join(COLUMNS)} (default: {', '.join(DEFAULT_COLUMNS)})",
+    )
+    parser.add_argument("--rows", type=names, metavar="A,B", help="such as text,pic:4 (default: all)")

@@ -1,0 +1,244 @@
+"""What fidelity is good for: it should tell right answers from wrong ones, and mixed ratios should beat single ones.
+
+Every question is answered from memories of each ratio and from raw text. A floor under the fidelity then picks a ratio
+for each document, as `Compressor.compress(..., min_fidelity=...)` does, and its answers are set beside those of the
+single ratios at equal generator tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from pic_rag.compressor import Compressor
+from pic_rag.config import RAW_TEXT
+from pic_rag.evaluation.metrics import auroc, contains_answer, f1
+from pic_rag.evaluation.runner import versions
+from pic_rag.fidelity import Fidelity, FidelityCheck
+from pic_rag.generator import Generation, Generator
+from pic_rag.handles import escape_handles
+from pic_rag.ladder import descend
+from pic_rag.memory import Memory
+from pic_rag.prompts import rag_messages
+from pic_rag.questions import Question
+
+Pick = Mapping[str, Memory]  # the memory of each document, by its text
+Trial = tuple[list[Memory], bool]  # what was read for a question, and whether the answer is right
+
+_PARTS = {"loss": -1, "telling_loss": -1, "recall": 1, "telling_recall": 1}  # which way is better
+
+
+@dataclass(frozen=True)
+class FidelityRow:
+    """How one ratio, or one floor, did.
+
+    Attributes:
+        ratio: text tokens per memory token, 1 for raw text; None where a floor decided.
+        min_fidelity: the floor; None for a single ratio.
+        f1: mean over the questions, 0 to 1.
+        contains_answer: share of the answers that hold a right answer, word for word.
+        prompt_tokens_mean: rows the generator read for a question.
+        fidelity_mean: of the documents.
+        ratios: documents at each ratio.
+        auroc: how well fidelity tells right answers from wrong ones at this ratio, over the questions that raw text
+            answers rightly: 0.5 is chance, 1 perfect; None where all or none are right.
+        single_f1: F1 of single ratios at as many prompt tokens, on straight lines between them; None for a single one.
+    """
+
+    ratio: int | None
+    min_fidelity: float | None
+    f1: float
+    contains_answer: float
+    prompt_tokens_mean: float
+    fidelity_mean: float
+    ratios: dict[int, int]
+    auroc: float | None = None
+    single_f1: float | None = None
+
+
+@dataclass(frozen=True)
+class FidelityReport:
+    """The rows of a run, and everything needed to repeat it.
+
+    Attributes:
+        rows: single ratios from the highest to raw text, then floors.
+        auroc: as of a row, over all ratios together.
+        auroc_of_parts: the same for each part of `Fidelity`, a lower loss being better.
+        config: settings.
+        versions: of the packages that matter.
+    """
+
+    rows: list[FidelityRow]
+    auroc: float | None
+    auroc_of_parts: dict[str, float | None]
+    config: dict[str, Any]
+    versions: dict[str, str]
+
+    def save(self, path: str | Path) -> None:
+        """Write the report as JSON."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    def table(self) -> str:
+        """The rows as a Markdown table."""
+        lines = ["| ratio | floor | F1 | single F1 | answer contained | prompt tokens | fidelity | AUROC |"]
+        lines.append("|" + " ---: |" * 8)
+        for row in self.rows:
+            shares = [row.f1, row.single_f1, row.contains_answer]
+            percent = ["" if share is None else f"{100 * share:.1f}" for share in shares]
+            cells = [
+                "mixed" if row.ratio is None else str(row.ratio),
+                "" if row.min_fidelity is None else f"{row.min_fidelity:g}",
+                *percent,
+                f"{row.prompt_tokens_mean:.0f}",
+                f"{row.fidelity_mean:.2f}",
+                "" if row.auroc is None else f"{row.auroc:.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        return "\n".join(lines) + "\n"
+
+
+def evaluate_fidelity(
+    questions: Sequence[Question],
+    ratios: Sequence[int],
+    floors: Sequence[float],
+    *,
+    compressor: Compressor,
+    generator: Generator,
+    max_new_tokens: int = 32,
+    batch_size: int = 8,
+    data: Mapping[str, Any] | None = None,
+) -> FidelityReport:
+    """Answer questions from single ratios and from the ratios that floors pick.
+
+    Args:
+        questions: with documents; a document that comes with several is compressed once a ratio.
+        ratios: those to try; raw text comes after them.
+        floors: values of `min_fidelity`.
+        compressor: makes the memories.
+        generator: checks and reads them.
+        max_new_tokens: longest answer.
+        batch_size: prompts decoded together.
+        data: where the questions are from, as JSON types, for the report.
+
+    Raises:
+        ValueError: when there are no questions, or a ratio or floor is out of range.
+    """
+    if not questions:
+        raise ValueError("questions must hold at least one question, got none.")
+    texts = list(dict.fromkeys(context.document for question in questions for context in question.contexts))
+    ladder = (*sorted({compressor.config.check_ratio(ratio) for ratio in ratios}, reverse=True), RAW_TEXT)
+    check = FidelityCheck(generator, compressor.config.segment_tokens)
+    single: dict[int, Pick] = {}
+    measured: dict[str, Fidelity] = {}
+    for ratio in ladder[:-1]:
+        memories = compressor.compress(texts, ratio)
+        found = check.measure(texts, memories)
+        measured.update(zip((memory.handle for memory in memories), found, strict=True))
+        scored = [replace(memory, fidelity=own.score) for memory, own in zip(memories, found, strict=True)]
+        single[ratio] = dict(zip(texts, scored, strict=True))
+    raw = compressor.compress(texts, RAW_TEXT, min_fidelity=1.0, generator=generator)
+    single[RAW_TEXT] = dict(zip(texts, raw, strict=True))
+    mixed: dict[float, Pick] = {}
+    for floor in floors:
+        chosen = descend(
+            len(texts), ladder, floor, lambda numbers, at: [single[at][texts[number]] for number in numbers]
+        )
+        mixed[floor] = dict(zip(texts, chosen, strict=True))
+    answers = _Answers(questions, generator, {"max_new_tokens": max_new_tokens, "batch_size": batch_size})
+    rows = [_single_row(answers, ratio, single) for ratio in ladder]
+    line = sorted((row.prompt_tokens_mean, row.f1) for row in rows)
+    rows += [_mixed_row(answers, floor, pick, line) for floor, pick in mixed.items()]
+    pooled = [trial for ratio in ladder[:-1] for trial in answers.trials(single[ratio], single[RAW_TEXT])]
+    parts = {
+        name: [(min(sign * getattr(measured[memory.handle], name) for memory in read), right) for read, right in pooled]
+        for name, sign in _PARTS.items()
+    }
+    config = {
+        "data": None if data is None else dict(data),
+        "n": len(questions),
+        "ratios": list(ladder),
+        "floors": list(floors),
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "generator": generator.model_id,
+        "fingerprint": compressor.fingerprint,
+    }
+    of_parts = {name: _auroc(trials) for name, trials in parts.items()}
+    return FidelityReport(rows, _auroc(_by_fidelity(pooled)), of_parts, config, versions())
+
+
+class _Answers:
+    """Answers to the questions from picked memories; the same prompt is answered once."""
+
+    def __init__(self, questions: Sequence[Question], generator: Generator, options: dict[str, Any]) -> None:
+        self._questions = questions
+        self._generator = generator
+        self._options = options
+        self._known: dict[tuple[str, ...], Generation] = {}
+
+    def of(self, pick: Pick) -> list[Generation]:
+        """One answer a question."""
+        handles = [[pick[context.document].handle for context in question.contexts] for question in self._questions]
+        keys = [(question.question, *own) for question, own in zip(self._questions, handles, strict=True)]
+        missing = [key for key in dict.fromkeys(keys) if key not in self._known]
+        prompts = [rag_messages(escape_handles(asked), shown) for asked, *shown in missing]
+        made = self._generator.generate(prompts, pick.values(), **self._options)
+        self._known.update(zip(missing, made, strict=True))
+        return [self._known[key] for key in keys]
+
+    def trials(self, pick: Pick, raw: Pick) -> list[Trial]:
+        """The memories read and whether the answer is right, of the questions that raw text answers rightly."""
+        pairs = zip(self._questions, self.of(pick), self.of(raw), strict=True)
+        return [
+            ([pick[context.document] for context in question.contexts], _is_right(question, said))
+            for question, said, from_text in pairs
+            if question.contexts and _is_right(question, from_text)
+        ]
+
+    def figures(self, pick: Pick) -> dict[str, Any]:
+        """The means of a row."""
+        said = self.of(pick)
+        pairs = list(zip(self._questions, said, strict=True))
+        served = [memory.ratio for memory in pick.values()]
+        return {
+            "f1": fmean(f1(answer.text.strip(), question.answers) for question, answer in pairs),
+            "contains_answer": fmean(_is_right(*pair) for pair in pairs),
+            "prompt_tokens_mean": fmean(answer.prompt_tokens for answer in said),
+            "fidelity_mean": fmean(memory.fidelity or 0.0 for memory in pick.values()),
+            "ratios": {ratio: served.count(ratio) for ratio in sorted(set(served))},
+        }
+
+
+def _single_row(answers: _Answers, ratio: int, single: Mapping[int, Pick]) -> FidelityRow:
+    trials = [] if ratio == RAW_TEXT else answers.trials(single[ratio], single[RAW_TEXT])
+    return FidelityRow(ratio, None, **answers.figures(single[ratio]), auroc=_auroc(_by_fidelity(trials)))
+
+
+def _mixed_row(answers: _Answers, floor: float, pick: Pick, line: Sequence[tuple[float, float]]) -> FidelityRow:
+    figures = answers.figures(pick)
+    tokens, scores = zip(*line, strict=True)
+    return FidelityRow(
+        None, floor, **figures, single_f1=float(np.interp(figures["prompt_tokens_mean"], tokens, scores))
+    )
+
+
+def _by_fidelity(trials: Sequence[Trial]) -> list[tuple[float, bool]]:
+    """Each question by the least faithful of its memories."""
+    return [(min(memory.fidelity or 0.0 for memory in read), right) for read, right in trials]
+
+
+def _auroc(trials: Sequence[tuple[float, bool]]) -> float | None:
+    right = [is_right for _, is_right in trials]
+    return auroc([score for score, _ in trials], right) if len(set(right)) == 2 else None
+
+
+def _is_right(question: Question, answer: Generation) -> bool:
+    return contains_answer(answer.text.strip(), question.answers) == 1

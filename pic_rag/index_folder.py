@@ -1,0 +1,113 @@
+"""The folder a retriever is kept in: data files named after their content, and `retriever.json`, which names them.
+
+Readers and a killed process see the old state or the new one: the one replacement of `retriever.json` makes the new
+files count. This file does not know what is in them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+MANIFEST = "retriever.json"
+FORMAT_VERSION = 1
+
+
+class RetrieverError(ValueError):
+    """A saved retriever that cannot be used; the message names the folder and the remedy."""
+
+
+def write_folder(folder: Path, settings: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+    """Write the state; files of an older one go, those of others stay.
+
+    Args:
+        folder: made if it is not there.
+        settings: JSON values for `read_manifest`.
+        files: data by name, such as `index.faiss`.
+    """
+    named = {_content_name(name, data): data for name, data in files.items()}
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        **settings,
+        "files": {name.partition(".")[0]: {"name": name, "sha256": _sha256(data)} for name, data in named.items()},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / "retriever.lock"):
+        for name, data in named.items():
+            _write(folder / name, data)
+        _write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+        for stem, suffix in (name.split(".") for name in files):
+            for path in folder.glob(f"{stem}.*.{suffix}*"):
+                if path.name not in named:
+                    path.unlink()
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """What `write_folder` was given as settings, and `files`.
+
+    Raises:
+        RetrieverError: the folder holds no retriever, or one of another format.
+    """
+    try:
+        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        version = manifest["format_version"]
+    except FileNotFoundError as error:
+        raise damaged(folder, f"no '{MANIFEST}'") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise damaged(folder, f"an unreadable '{MANIFEST}' ({error})") from error
+    if version != FORMAT_VERSION:
+        raise damaged(folder, f"format_version {version!r} where this pic-rag reads {FORMAT_VERSION}")
+    missing = {"embedder", "passage_characters", "overlap_characters", "files"} - manifest.keys()
+    if missing:
+        raise damaged(folder, f"a '{MANIFEST}' without '{min(missing)}'")
+    return manifest
+
+
+def read_file(folder: Path, manifest: Mapping[str, Any], stem: str) -> bytes:
+    """A data file, checked.
+
+    Raises:
+        RetrieverError: it is not there, or not as it was written.
+    """
+    try:
+        record = manifest["files"][stem]
+        data = (folder / Path(record["name"]).name).read_bytes()
+    except FileNotFoundError as error:
+        raise damaged(folder, f"no '{record['name']}'") from error
+    except (KeyError, TypeError) as error:
+        raise damaged(folder, f"a '{MANIFEST}' without the file of its {stem}") from error
+    if _sha256(data) != record["sha256"]:
+        raise damaged(folder, f"a '{record['name']}' of another content")
+    return data
+
+
+def damaged(folder: Path, got: str) -> RetrieverError:
+    """The error for a folder that cannot be used."""
+    return RetrieverError(
+        f"The folder '{folder}' must hold a retriever as `Retriever.save` wrote it, got {got}. "
+        "Load again if it was just being saved, else add the documents to a new Retriever and save that."
+    )
+
+
+def _content_name(name: str, data: bytes) -> str:
+    stem, suffix = name.split(".")
+    return f"{stem}.{_sha256(data)[:16]}.{suffix}"
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _write(path: Path, data: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as writer:
+        writer.write(data)
+        writer.flush()
+        os.fsync(writer.fileno())
+    partial.replace(path)

@@ -1,0 +1,1 @@
+"""Training runs compared: `config` (arms, seeds) -> `runner`, `watch` -> `records` (files) -> `report`, `plots`."""

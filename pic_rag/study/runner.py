@@ -1,0 +1,121 @@
+"""Runs a study: trains what is not trained yet, and leaves metrics files that are small enough for version control."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from pic_rag import __version__
+from pic_rag.questions import Question, pick, read_questions
+from pic_rag.study.config import Measured, StudyConfig
+from pic_rag.study.records import BOUNDS_FILE, METRICS_FOLDER, STUDY_FILE, metrics_path, read_run
+from pic_rag.study.watch import Watch, answer_line, answers
+from pic_rag.training.config import TrainConfig, from_demo
+from pic_rag.training.loop import COMPRESSOR_FOLDER, Trainer
+from pic_rag.training.metrics import begin_lines, versions
+
+logger = logging.getLogger(__name__)
+
+
+def run_study(
+    study: StudyConfig, folder: str | Path, *, minutes: float | None = None, progress: bool | None = None
+) -> bool:
+    """Train and measure every arm with every seed, one after the other, in this process.
+
+    Args:
+        study: what is compared.
+        folder: receives `study.yaml` and `metrics/`, which are small; and `runs/`, which is large and ignored by git.
+            Finished runs found there are skipped, others are resumed.
+        minutes: stop after that long; calling again goes on.
+        progress: False hides the bars; None shows them on a terminal.
+
+    Returns:
+        Whether every run is finished.
+
+    Raises:
+        ValueError: when a run in `folder` was made with another configuration, or a ratio is not served by an arm.
+    """
+    folder = Path(folder)
+    configs = {(arm, seed): study.training(arm, seed, folder) for arm, seed in study.runs}
+    questions = _questions(study.measured)
+    _prepare(folder, study)
+    stop = None if minutes is None else time.monotonic() + 60 * minutes
+    for (arm, seed), config in configs.items():
+        left = None if stop is None else (stop - time.monotonic()) / 60
+        if left is not None and left <= 0:
+            return False
+        path = metrics_path(folder, arm, seed)
+        head = _head(arm, seed, config, study.measured)
+        _check_same(path, head)
+        if not read_run(path).finished:
+            logger.info("study: arm %s, seed %d", arm, seed)
+            _train(study.measured, questions, config, path, head, left, progress)
+    return all(read_run(metrics_path(folder, arm, seed)).finished for arm, seed in study.runs)
+
+
+def _train(
+    measured: Measured,
+    questions: Sequence[Question],
+    config: TrainConfig,
+    path: Path,
+    head: Mapping[str, Any],
+    minutes: float | None,
+    progress: bool | None,
+) -> None:
+    """One run, from where it stands."""
+    torch.compiler.reset()  # arms differ in depth: what was compiled for the last one is of no use
+    trainer = Trainer(config, Accelerator())
+    begin_lines(path, head, trainer.step)
+    bounds = path.with_name(BOUNDS_FILE)
+    if not bounds.exists():
+        compressor = trainer.out / COMPRESSOR_FOLDER
+        trainer.export(compressor)
+        rows = answers(measured, questions, measured.bounds, compressor, trainer, progress)
+        bounds.write_text("".join(json.dumps(answer_line(row)) + "\n" for row in rows), encoding="utf-8")
+    watch = Watch(measured, questions, trainer, path, progress)
+    if not trainer.step:
+        watch(trainer)
+    trainer.run(minutes, progress, watch)
+
+
+def _questions(measured: Measured) -> list[Question]:
+    source = read_questions(from_demo(measured.data), gold_only=measured.gold_only)
+    questions = pick(source, every=measured.every, offset=measured.offset, limit=measured.limit)
+    if not questions:
+        raise ValueError(f"measured must leave at least one question of {measured.data!r}, got none.")
+    return questions
+
+
+def _prepare(folder: Path, study: StudyConfig) -> None:
+    (folder / METRICS_FOLDER).mkdir(parents=True, exist_ok=True)
+    (folder / "runs").mkdir(exist_ok=True)
+    (folder / "runs" / ".gitignore").write_text("*\n", encoding="utf-8")
+    (folder / STUDY_FILE).write_text(yaml.safe_dump(study.to_dict(), sort_keys=False), encoding="utf-8")
+
+
+def _head(arm: str, seed: int, config: TrainConfig, measured: Measured) -> dict[str, Any]:
+    """The first line of a run's metrics file: all that its numbers depend on, and no path of this machine's."""
+    values = {name: value for name, value in config.to_dict().items() if name not in ("out", "cache")}
+    head = {"arm": arm, "seed": seed, "steps": config.steps, "config": values, "measured": asdict(measured)}
+    return json.loads(json.dumps({**head, "versions": {"pic_rag": __version__, **versions()}}))
+
+
+def _check_same(path: Path, head: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that was made otherwise."""
+    made = read_run(path).head
+    for name in ("config", "measured"):
+        if made and made[name] != head[name]:
+            other = sorted(field for field, value in head[name].items() if made[name].get(field) != value)
+            raise ValueError(
+                f"The run in {path} must have the study's {name}, got another {other[0] if other else 'field'}. "
+                "Take another folder, or delete that file and the run's folder."
+            )

@@ -1,0 +1,12 @@
+"""A generator whose model runs in vLLM, on a server or in this process.
+
+    prompt with handles -> assembler -> text parts and memories -> vLLM -> token ids -> completion -> answer
+
+The prompt is laid out here, by the room that lays it out for a model in process, and the answer's text, its end and its
+usage come from the same `Completion`: only the model's forward passes happen elsewhere.
+"""
+
+from pic_rag.vllm.generator import VLLMGenerator
+from pic_rag.vllm.serve import serve_arguments
+
+__all__ = ["VLLMGenerator", "serve_arguments"]
