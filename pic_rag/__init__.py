@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "BaseGenerator": "generator",
+    "BaseGenerator": "answering",
     "Checkpoint": "checkpoint",
     "Compressor": "compressor",
     "Document": "documents",
     "Fidelity": "fidelity",
     "FidelityCheck": "fidelity",
-    "Generation": "generator",
+    "Generation": "answering",
     "Generator": "generator",
     "Memory": "memory",
     "MemoryCache": "store",
@@ -79,6 +79,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from pic_rag.answering import BaseGenerator, Generation
     from pic_rag.assembler import restore
     from pic_rag.checkpoint import Checkpoint
     from pic_rag.compressor import Compressor
@@ -86,7 +87,7 @@ if TYPE_CHECKING:
     from pic_rag.documents import Document, load_documents
     from pic_rag.embedded import cache_folder
     from pic_rag.fidelity import Fidelity, FidelityCheck
-    from pic_rag.generator import BaseGenerator, Generation, Generator
+    from pic_rag.generator import Generator
     from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, unescape_handles
     from pic_rag.memory import Memory, MemoryFormatError
     from pic_rag.rag import PicRag

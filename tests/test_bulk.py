@@ -175,7 +175,7 @@ def at_rest(memory: Memory) -> Memory:
 
 def test_one_bad_file_is_named_and_the_exit_code_says_so(checkpoint: Path, tmp_path: Path, capsys) -> None:
     docs = write_documents(tmp_path / "docs", 20)
-    (docs / "000" / "00007.txt").write_bytes(b"\xff\xfe odd")
+    (docs / "000" / "00007.txt").write_bytes(b"\xe9t\xe9")
     (docs / "000" / "00008.txt").write_bytes(b"\xc3(")
     (docs / "000" / "00010.txt").write_text((docs / "000" / "00009.txt").read_text())
     assert main(command(docs, tmp_path / "out", checkpoint)) == 3

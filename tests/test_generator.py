@@ -19,8 +19,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from pic_rag.answering import Generation
 from pic_rag.completion import Completion, Detokenizer
-from pic_rag.generator import Generation, Generator
+from pic_rag.generator import Generator
 from pic_rag.handles import UnknownHandleError
 from pic_rag.memory import Memory, hash_text
 

@@ -23,8 +23,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from pic_rag.answering import Generation
 from pic_rag.assembler import Assembled
-from pic_rag.generator import Generation, Generator
+from pic_rag.generator import Generator
 from pic_rag.memory import Memory, hash_text
 from pic_rag.prefix import PrefixCache, cut_blocks, join, supports_reuse
 

@@ -35,6 +35,7 @@ def test_loading_a_generator_with_its_reader_writes_nothing_outside_a_terminal(f
 
 
 def test_transformers_draws_its_bars_again_afterwards(folders, capfd):
+    transformers_logging.enable_progress_bar()  # another library may have switched them off for the whole process
     with quiet_loading():
         AutoModelForCausalLM.from_pretrained(folders[0])
     assert capfd.readouterr().err == ""
