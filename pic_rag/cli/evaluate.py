@@ -40,8 +40,9 @@ def add_parser(commands: Commands) -> None:
         type=names,
         default=names("pic,text,none,truncate,pool"),
         metavar="A,B",
-        help="of pic, text, none, truncate, pool, extract, text+reader (default: the first five), and pic@bf16, "
-        "pic@int8, pic@int4: memories as a store of that precision gives them back, and llmlingua, longllmlingua, "
+        help="of pic, text, none, truncate, pool, extract (default: the first five), text+reader and truncate+reader: "
+        "read with the compressor's reader on, pic@bf16, pic@int8, pic@int4: memories as a store of that precision "
+        "gives them back, and llmlingua, longllmlingua, "
         "llmlingua2: text shortened by what PIC_RAG_LLMLINGUA_PYTHON names",
     )
     parser.add_argument(

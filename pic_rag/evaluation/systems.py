@@ -42,6 +42,7 @@ SYSTEMS = {
     "longllmlingua": "the same by LongLLMLingua, which knows the question",
     "llmlingua2": "the same by LLMLingua-2, whose token classifier has to be named",
     "text+reader": "full text, read with the reader switched on",
+    "truncate+reader": "the beginning of each document, as for truncate, read with the reader switched on",
     **{name: f"memories of the compressor, kept as {at_rest}" for name, at_rest in AT_REST_SYSTEMS.items()},
 }
 """Every system by name, with what it puts in the prompt."""
@@ -49,7 +50,7 @@ SYSTEMS = {
 LINGUA_SYSTEMS = frozenset({"llmlingua", "longllmlingua", "llmlingua2"})
 """The systems that need an environment with LLMLingua, see `pic_rag.evaluation.lingua`."""
 
-RATIO_SYSTEMS = frozenset({"pic", "truncate", "pool", "extract", *AT_REST_SYSTEMS}) | LINGUA_SYSTEMS
+RATIO_SYSTEMS = frozenset({"pic", "truncate", "truncate+reader", "pool", "extract", *AT_REST_SYSTEMS}) | LINGUA_SYSTEMS
 """The systems whose prompt depends on the ratio."""
 
 
@@ -113,15 +114,16 @@ class Systems:
             "extract": self._extract,
             **{name: partial(self._lingua_text, name) for name in LINGUA_SYSTEMS},
             "text+reader": self._full_text,
+            "truncate+reader": self._truncate,
         }
 
     def check(self, system: str) -> None:
         """Raise ValueError when there is no such system or the compressor cannot serve it, LinguaError for its own."""
         if system not in SYSTEMS:
             raise ValueError(f"systems must be some of {', '.join(SYSTEMS)}, got {system!r}.")
-        if system == "text+reader" and self.compressor.reader is None:
+        if system.endswith("+reader") and self.compressor.reader is None:
             raise ValueError(
-                "system 'text+reader' must have a compressor with a reader, got one without. Leave the system out."
+                f"system {system!r} must have a compressor with a reader, got one without. Leave the system out."
             )
         if system in LINGUA_SYSTEMS:
             self.lingua(system)
@@ -171,7 +173,7 @@ class Systems:
         fitting = [at for at, prompt in enumerate(prompts) if generator.count_tokens(prompt, memories) <= room]
         asked = [prompts[at] for at in fitting]
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        if system == "text+reader":
+        if system.endswith("+reader"):
             generator, reader = self._text_reader
             with reader.on():
                 answers = generator.generate(asked, **options)
