@@ -115,7 +115,7 @@ class Batcher:
         try:
             return self._forward(segments)
         except RuntimeError as error:
-            if len(segments) == 1 or not should_reduce_batch_size(error):
+            if len(segments) == 1 or not _out_of_memory(error):
                 raise
         # Out of the except block: the error's traceback keeps the tensors of the batch that failed alive.
         clear_device_cache()
@@ -186,3 +186,8 @@ def _waste(lengths: Sequence[int], spots: Mapping[int, tuple[int, int]]) -> floa
     rows = 1 + max(row for row, _ in spots.values())
     width = max(first + lengths[number] for number, (_, first) in spots.items())
     return 1 - sum(lengths[number] for number in spots) / (rows * width)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Whether a smaller batch may do; oneDNN says in its own words that it got no memory."""
+    return should_reduce_batch_size(error) or "could not create a primitive" in str(error)
