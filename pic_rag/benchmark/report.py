@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -132,6 +132,7 @@ class Report:
             [
                 machine + "\n",
                 markdown_table(list(_COLUMNS), [[show(row) for show in _COLUMNS.values()] for row in self.rows]),
+                *_skipped_lines(self.rows),
                 markdown_table(["compressor", ""], speed),
             ]
         )
@@ -215,6 +216,17 @@ def _number(name: str, form: str, scale: float = 1) -> Callable[[Row], str]:
     return show
 
 
+def _skipped_lines(rows: Iterable[Row]) -> Iterator[str]:
+    """Each reason once, with the rows that it left out."""
+    reasons: dict[str, list[str]] = {}
+    for row in rows:
+        if row.skipped:
+            at = "" if row.ratio is None else f" at ratio {row.ratio}"
+            reasons.setdefault(row.skipped, []).append(f"{row.system}{at}, {row.context_tokens} x {row.batch_size}")
+    for reason, left_out in reasons.items():
+        yield f"Not measured: {'; '.join(left_out)}. {reason}\n"
+
+
 def _show_break_even(row: Row) -> str:
     measured = row.faster is not None and row.cache in (None, "miss") and row.system not in ("text", "longllmlingua")
     return _number("break_even_queries", ".1f")(row) or ("never" if measured else "")
@@ -236,5 +248,4 @@ _COLUMNS: dict[str, Callable[[Row], str]] = {
     "KV MB": _number("kv_cache_bytes", ".1f", 1e-6),
     "memory kB": _number("memory_bytes", ".1f", 1e-3),
     "break-even": _show_break_even,
-    "skipped": lambda row: row.skipped or "",
 }
