@@ -1,7 +1,7 @@
 """The engine: rows go through a transformers model, tokens come out into completions.
 
-The only room that calls `model.generate`. Calls of many threads that wait for the model are decoded together, and
-memories that were read before are not read again. It does not know handles, chat templates or stop strings.
+The only room that calls `model.generate`. Calls of many threads take turns, or share a batch, and memories
+that were read before are not read again. It does not know handles, chat templates or stop strings.
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ class Engine:
         model: a transformers causal LM.
         tokenizer: its tokenizer.
         reader: a LoRA on `model` that is on while a batch holds memories.
-        batch_size: most prompts of different calls to decode together.
+        batch_size: most prompts to decode together.
+        merge_calls: whether calls that wait at the same time share a batch.
         prefix_cache_bytes: keys and values to keep of memories that were read; 0 keeps none.
 
     Raises:
@@ -76,6 +77,7 @@ class Engine:
         *,
         reader: Reader | None = None,
         batch_size: int = BATCH_PROMPTS,
+        merge_calls: bool = False,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     ) -> None:
         if batch_size < 1:
@@ -84,6 +86,7 @@ class Engine:
             raise ValueError(f"prefix_cache_bytes must be at least 0, got {prefix_cache_bytes}. Use 0 to keep none.")
         self.model = model
         self.batch_size = batch_size
+        self.merge_calls = merge_calls
         self.end_token_ids = end_token_ids(model, tokenizer)
         self._reader = reader
         self._prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes and supports_reuse(model) else None
@@ -94,7 +97,7 @@ class Engine:
         self._pad_token_id = min(self.end_token_ids, default=0) if padding is None else padding
 
     def decode(self, batch: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling) -> None:
-        """Run the model until every completion is finished, together with alike calls that wait at the same time.
+        """Run the model until every completion is finished, together with alike calls that wait, with `merge_calls`.
 
         Args:
             batch: prompts that all hold memories, or none of them does.
@@ -202,6 +205,8 @@ class Engine:
 
         The longest prompt with its answer is at most twice the shortest: less than half of a batch is padding.
         """
+        if not self.merge_calls:
+            return False
         tokens = [
             prompt.prompt_tokens + request.sampling.max_new_tokens
             for together in (*group, request)

@@ -24,15 +24,17 @@ if TYPE_CHECKING:
 class Generator(BaseGenerator):
     """A causal LM that reads memories in place of text. Safe to share between threads.
 
-    Its own weights never change; an optional reader is on only while a prompt holds memories. Calls that wait while
-    another is decoded are decoded together when their settings are the same.
+    Its own weights never change; an optional reader is on only while a prompt holds memories.
 
     Args:
         model: a transformers causal LM. A reader is added to it in place, and is off unless a prompt holds memories.
         tokenizer: its tokenizer.
         name: what the model is known by; `model_id` is this name and a digest of the weights, the reader's included.
         reader: folder of a LoRA adapter saved by peft's `save_pretrained`.
-        batch_size: most prompts decoded together, whichever calls they come from.
+        batch_size: most prompts decoded together.
+        merge_calls: decode calls that wait at the same time together when their settings are the same: several times
+            the answers a second for many threads. In bfloat16 another batch rounds otherwise, so an answer may then
+            differ from the one that its prompt gets alone.
         prefix_cache_bytes: keys and values to keep, on the model's device, so that a prompt that begins with the same
             memories as an earlier one is read from its first new row; 0 keeps none. A model with sliding windows or
             recurrent states keeps none either.
@@ -49,6 +51,7 @@ class Generator(BaseGenerator):
         name: str,
         reader: str | Path | None = None,
         batch_size: int = BATCH_PROMPTS,
+        merge_calls: bool = False,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     ) -> None:
         plain = model_id(model, name)  # before the reader adds parameters of its own
@@ -57,6 +60,7 @@ class Generator(BaseGenerator):
             tokenizer,
             reader=None if reader is None else Reader(model, reader),
             batch_size=batch_size,
+            merge_calls=merge_calls,
             prefix_cache_bytes=prefix_cache_bytes,
         )
         whole = plain if reader is None else reader_id(plain, Path(reader))
@@ -69,6 +73,7 @@ class Generator(BaseGenerator):
         *,
         reader: str | Path | None = None,
         batch_size: int = BATCH_PROMPTS,
+        merge_calls: bool = False,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -80,6 +85,7 @@ class Generator(BaseGenerator):
             name_or_path: a folder, a hub id, or None for the embedded default.
             reader: folder of a LoRA adapter that is on while memories are in the prompt.
             batch_size: most prompts decoded together, as for the class.
+            merge_calls: whether waiting calls share a batch, as for the class.
             prefix_cache_bytes: keys and values of memories to keep, as for the class.
             device: as torch names it; None picks the best there is.
             dtype: such as "bfloat16"; None picks what the device is fast at.
@@ -92,6 +98,7 @@ class Generator(BaseGenerator):
             name=backbone.name,
             reader=reader,
             batch_size=batch_size,
+            merge_calls=merge_calls,
             prefix_cache_bytes=prefix_cache_bytes,
         )
 
@@ -102,6 +109,7 @@ class Generator(BaseGenerator):
         name_or_path: str | Path | None = None,
         *,
         batch_size: int = BATCH_PROMPTS,
+        merge_calls: bool = False,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
         **loading: Any,  # noqa: ANN401 - from_pretrained's arguments
     ) -> Generator:
@@ -112,6 +120,7 @@ class Generator(BaseGenerator):
             name_or_path: where the generator is, when it is not where the checkpoint says; equal weights go by the
                 name that the checkpoint knows.
             batch_size: most prompts decoded together, as for the class.
+            merge_calls: whether waiting calls share a batch, as for the class.
             prefix_cache_bytes: keys and values of memories to keep, as for the class.
             **loading: `device`, `dtype`, `attn_implementation`, as for `from_pretrained`.
 
@@ -125,6 +134,7 @@ class Generator(BaseGenerator):
             name=checkpoint.generator.id.rpartition("@")[0],
             reader=checkpoint.reader,
             batch_size=batch_size,
+            merge_calls=merge_calls,
             prefix_cache_bytes=prefix_cache_bytes,
         )
 

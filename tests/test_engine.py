@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def generator(tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> Generator:
-    return Generator(copy.deepcopy(tiny_model), tiny_tokenizer, name="tiny")
+    return Generator(copy.deepcopy(tiny_model), tiny_tokenizer, name="tiny", merge_calls=True)
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +130,7 @@ def test_only_alike_calls_go_together_and_no_more_than_fit(generator: Generator,
 def test_a_generators_batch_size_bounds_what_goes_together(
     tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    one_by_one = Generator(tiny_model, tiny_tokenizer, name="tiny", batch_size=1)
+    one_by_one = Generator(tiny_model, tiny_tokenizer, name="tiny", batch_size=1, merge_calls=True)
     with behind_another(one_by_one, [lambda: one_by_one.generate("Who?", max_new_tokens=2)] * 3) as (futures, held):
         held.open.set()
         assert len({future.result(20)[0].text for future in futures}) == 1
@@ -288,3 +288,18 @@ def test_scores_are_the_models_log_probabilities_of_the_answer(generator: Genera
             with torch.no_grad():
                 expected = generator.model(whole[None]).logits[0, -len(ids) - 1 : -1].log_softmax(-1)
             assert torch.allclose(log_probs, expected.gather(1, ids[:, None])[:, 0], atol=1e-4)
+
+
+def test_calls_take_turns_unless_they_may_be_merged(generator: Generator) -> None:
+    apart = Generator(generator.model, generator.tokenizer, name="tiny")
+    gate = Gate()
+    hook = apart.model.register_forward_pre_hook(
+        lambda module, _, given: gate(module, (given["input_ids"],)), with_kwargs=True
+    )
+    gate.open.set()
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda _: apart.generate("Who?", max_new_tokens=3), range(8)))
+    finally:
+        hook.remove()
+    assert gate.batches == [1] * 8
