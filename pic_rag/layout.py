@@ -13,6 +13,10 @@ from pic_rag.chunking import Segment
 from pic_rag.mask import Places
 
 
+class RowsFullError(ValueError):
+    """Sequences do not fit in the rows that were asked for."""
+
+
 @dataclass(frozen=True, eq=False)
 class Layout:
     """A batch of encoder rows; the shapes' names are those of `pic_rag.mask`.
@@ -45,6 +49,10 @@ class Layout:
     def to(self, device: torch.device | str) -> Layout:
         """The same layout on another device; the copy does not wait for it."""
         return Layout(*(getattr(self, field.name).to(device, non_blocking=True) for field in fields(self)))
+
+    def pin_memory(self) -> Layout:
+        """The same layout in memory that a GPU copies from while it computes."""
+        return Layout(*(getattr(self, field.name).pin_memory() for field in fields(self)))
 
 
 def fit(lengths: Sequence[int], row_places: int, most_rows: int) -> dict[int, tuple[int, int]]:
@@ -79,18 +87,39 @@ def pack(lengths: Sequence[int], row_places: int) -> list[tuple[int, int]]:
     return [spots[number] for number in range(len(lengths))]
 
 
-def build_layout(segments: Sequence[Segment], *, positions: str, row_places: int = 0) -> Layout:
+def arrange(lengths: Sequence[int], row_places: int, rows: int = 0) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """The (row, first place) of each length, and the (rows, width) of what holds them all.
+
+    With `rows` the shape is `(rows, row_places)` whatever the lengths, so that compiled code sees one shape; without,
+    it is as small as it can be, and rows are as long as the longest length at least.
+
+    >>> arrange([3, 5, 2], row_places=6)
+    ([(1, 0), (0, 0), (1, 3)], (2, 5))
+    >>> arrange([3, 2], row_places=6, rows=4)
+    ([(0, 0), (0, 3)], (4, 6))
+
+    Raises:
+        RowsFullError: when `rows` rows do not hold them.
+    """
+    spots = pack(lengths, row_places if rows else max(row_places, *lengths))
+    needed = 1 + max(row for row, _ in spots)
+    if not rows:
+        return spots, (needed, max(first + length for length, (_, first) in zip(lengths, spots, strict=True)))
+    if needed > rows or max(lengths) > row_places:
+        raise RowsFullError(f"{rows} rows of {row_places} places must hold all sequences, got {needed} rows of them.")
+    return spots, (rows, row_places)
+
+
+def build_layout(segments: Sequence[Segment], *, positions: str, row_places: int = 0, rows: int = 0) -> Layout:
     """Lay segments out in rows: each one's text, then its slots.
 
     Args:
         segments: at least one.
         positions: "spread" puts a slot at the position of its span's last token, "append" after the text.
         row_places: room in a row; short segments share a row. Rows are as long as the longest segment at least.
+        rows: so many rows, each exactly `row_places` long, full or not; 0: as many and as long as it takes.
     """
-    longest = max(segment.places for segment in segments)
-    spots = pack([segment.places for segment in segments], max(row_places, longest))
-    rows = 1 + max(row for row, _ in spots)
-    width = max(first + segment.places for segment, (_, first) in zip(segments, spots, strict=True))
+    spots, (rows, width) = arrange([segment.places for segment in segments], row_places, rows)
     token_ids, position_ids, chunk = np.zeros((3, rows, width), dtype=np.int64)
     owner = np.broadcast_to(-1 - np.arange(width), (rows, width)).copy()
     is_slot = np.zeros((rows, width), dtype=bool)

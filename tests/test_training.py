@@ -295,7 +295,7 @@ def test_a_preset_in_yaml_is_the_preset(tmp_path):
 COUNTS = ["examples_per_step", "target_tokens", "turns", "documents", "row_places", "log_steps"]
 COUNTS_OR_0 = ["reader_rank", "warmup_steps", "workers", "seed"]
 RATES = ["learning_rate", "converter_rate_factor", "reader_learning_rate", "distillation", "weight_decay", "clip"]
-SHARES = ["distractor_share", "decay_share"]
+SHARES = ["distractor_share", "text_share", "decay_share"]
 BAD_FIELDS = [
     *[(name, value, f"{name} must be a whole number of 1 or more, got") for name in COUNTS for value in (0, 1.5, "8")],
     *[
@@ -342,6 +342,8 @@ BAD_FIELDS = [
     ("text_tokens", [64, 16], "text_tokens must be two whole numbers, 2 <= shortest <= longest"),
     ("slots_per_chunk", 4, "slots_per_chunk must be a list of whole numbers, got 4"),
     ("slots_per_chunk", [0], "slots_per_chunk must be a whole number of 1 or more, got 0"),
+    ("rows", [4, 4], "rows must be three whole numbers of 1 or more, for encoder, generator and teacher, got"),
+    ("rows", [4, 0, 4], "rows must be three whole numbers"),
     ("precision", "fp8", "precision must be one of bf16, fp32, got 'fp8'"),
     ("attn_implementation", "flash", "attn_implementation must be one of sdpa, eager, flex_attention, got 'flash'"),
     ("compile", "yes", "compile must be one of True, False, got 'yes'"),

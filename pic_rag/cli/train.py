@@ -21,6 +21,9 @@ def add_parser(commands: Commands) -> None:
     shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     parser.add_argument("config", metavar="CONFIG", help=f"YAML file of the run, or a shipped one: {shipped}")
     parser.add_argument("--minutes", type=minutes, metavar="M", help="stop after M minutes, to be resumed later")
+    parser.add_argument(
+        "--finish", action="store_true", help="end the run within --minutes: cut or extend its last stages to fit"
+    )
     parser.add_argument("--out", metavar="DIR", help="folder of the run, in place of the configuration's")
     parser.set_defaults(run=run)
 
@@ -34,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     overrides = {} if args.out is None else {"out": args.out}
     config = TrainConfig.load(find_config(args.config), **overrides)
     calm_libraries(bars=show_bars(args))
-    folder = train(config, minutes=args.minutes, progress=progress(args))
+    folder = train(config, minutes=args.minutes, finish=args.finish, progress=progress(args))
     if PartialState().is_main_process:
         print(folder)
     return 0

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from pic_rag.evaluation.runner import Row, evaluate
 from pic_rag.questions import Question
 from pic_rag.study.config import Measured
-from pic_rag.training.batch import Batch, build_batch
+from pic_rag.training.batch import Batch, build_batches
 from pic_rag.training.loop import COMPRESSOR_FOLDER, Trainer
 from pic_rag.training.metrics import append_lines
 from pic_rag.training.objective import Objective
@@ -52,12 +52,8 @@ class Watch:
             append_lines(self.path, *(at | answer_line(row) for row in self._answers(trainer)))
 
     def _pose(self, trainer: Trainer, ratio: int) -> list[Batch]:
-        size = self.measured.batch_size
-        parts = [self.questions[start : start + size] for start in range(0, len(self.questions), size)]
-        return [
-            build_batch("questions", [trainer.factory.pose(asked, ratio) for asked in part], trainer.config)
-            for part in parts
-        ]
+        posed = [trainer.factory.pose(asked, ratio) for asked in self.questions]
+        return build_batches("questions", posed, trainer.config, self.measured.batch_size)
 
     @torch.no_grad()
     def _losses(self, ratio: int, device: torch.device) -> dict[str, float]:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from pic_rag.layout import Layout, build_layout, pack
+from pic_rag.layout import Layout, RowsFullError, arrange, build_layout
 from pic_rag.mask import Places
 from pic_rag.training.config import Stage, TrainConfig
-from pic_rag.training.examples import MEMORY, Dialogue, Example, ExampleFactory
+from pic_rag.training.examples import MEMORY, Dialogue, Example, ExampleFactory, Ratios
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,10 @@ class Rows:
         """The same rows on another device."""
         return Rows(*(getattr(self, entry.name).to(device, non_blocking=True) for entry in fields(self)))
 
+    def pin_memory(self) -> Rows:
+        """The same rows in memory that a GPU copies from while it computes."""
+        return Rows(*(getattr(self, entry.name).pin_memory() for entry in fields(self)))
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
@@ -61,6 +66,11 @@ class Batch:
         """The same batch on another device."""
         teacher = self.teacher.to(device) if self.teacher else None
         return Batch(self.task, self.layout.to(device), self.reads.to(device), teacher)
+
+    def pin_memory(self) -> Batch:
+        """The same batch in memory that a GPU copies from while it computes; a DataLoader calls it."""
+        teacher = self.teacher.pin_memory() if self.teacher else None
+        return Batch(self.task, self.layout.pin_memory(), self.reads.pin_memory(), teacher)
 
 
 class StepDataset(Dataset[Batch]):
@@ -79,8 +89,23 @@ class StepDataset(Dataset[Batch]):
         task = self._task(stage, step)
         ratios = stage.ratios or dict.fromkeys(self.config.pic.ratios, 1.0)
         random = np.random.default_rng([self.config.seed, step, self.rank])
-        examples = [self.factory.draw(task, ratios, random) for _ in range(self.config.examples_per_step)]
-        return build_batch(task, examples, self.config)
+        return fill_batch(task, self._draw(task, ratios, random), self.config)[0]
+
+    def _draw(self, task: str, ratios: Ratios, random: np.random.Generator) -> list[Example]:
+        """The step's examples: so many, or as many as its rows may hold. The first one has a memory."""
+        examples: list[Example] = []
+        room = np.array(self.config.rows or [np.inf] * 3) * self.config.row_places
+        while len(examples) < self.config.examples_per_step:
+            example = self.factory.draw(task, ratios, random)
+            if self.config.rows and example.longest > self.config.row_places:
+                continue
+            room -= example.places
+            if examples and room.min() < 0:
+                break
+            examples.append(example)
+        while not any(example.segments for example in examples):  # all were drawn as text
+            examples.append(self.factory.draw(task, ratios, random))
+        return sorted(examples, key=lambda example: not example.segments)
 
     def _stage(self, step: int) -> Stage:
         """The stage a step belongs to."""
@@ -94,24 +119,46 @@ class StepDataset(Dataset[Batch]):
         return str(random.choice(names, p=np.array(weights) / sum(weights)))
 
 
+def build_batches(task: str, examples: Sequence[Example], config: TrainConfig, size: int) -> list[Batch]:
+    """All the examples of a task, `size` a batch, or as many as the rows of a step hold."""
+    batches = []
+    start = 0
+    while start < len(examples):
+        batch, count = fill_batch(task, examples[start : start + size], config)
+        batches.append(batch)
+        start += count
+    return batches
+
+
+def fill_batch(task: str, examples: Sequence[Example], config: TrainConfig) -> tuple[Batch, int]:
+    """A batch of the first examples, as many as the rows of a step hold; and how many they are."""
+    for count in range(len(examples), 1, -1):
+        with suppress(RowsFullError):
+            return build_batch(task, examples[:count], config), count
+    return build_batch(task, examples[:1], config), 1
+
+
 def build_batch(task: str, examples: Sequence[Example], config: TrainConfig) -> Batch:
-    """Pack examples of a task into the tensors of a step."""
+    """Pack examples of a task into the tensors of a step.
+
+    Raises:
+        RowsFullError: when the rows of a step do not hold them.
+    """
+    encoder_rows, reads_rows, teacher_rows = config.rows or (0, 0, 0)
     segments = [segment for example in examples for segment in example.segments]
     teachers = [example.teacher for example in examples if example.teacher is not None]
     return Batch(
         task,
-        build_layout(segments, positions=config.pic.positions, row_places=config.row_places),
-        build_rows([example.reads for example in examples], config.row_places),
-        build_rows(teachers, config.row_places) if teachers else None,
+        build_layout(segments, positions=config.pic.positions, row_places=config.row_places, rows=encoder_rows),
+        build_rows([example.reads for example in examples], config.row_places, reads_rows),
+        build_rows(teachers, config.row_places, teacher_rows) if teachers else None,
     )
 
 
-def build_rows(sequences: Sequence[Dialogue], row_places: int) -> Rows:
-    """Pack generator sequences into rows; memory tokens are numbered in the order of the sequences."""
+def build_rows(sequences: Sequence[Dialogue], row_places: int, rows: int = 0) -> Rows:
+    """Pack generator sequences into rows, see `arrange`; memory tokens are numbered in the order of the sequences."""
     lengths = [len(sequence.ids) for sequence in sequences]
-    spots = pack(lengths, max(row_places, *lengths))
-    rows = 1 + max(row for row, _ in spots)
-    width = max(first + length for length, (_, first) in zip(lengths, spots, strict=True))
+    spots, (rows, width) = arrange(lengths, row_places, rows)
     ids, position_ids = np.zeros((2, rows, width), dtype=np.int64)
     slot = np.full((rows, width), -1, dtype=np.int64)
     owner = np.broadcast_to(-1 - np.arange(width), (rows, width)).copy()

@@ -19,6 +19,7 @@ from pic_rag.training.rules import (
     require_path,
     require_paths,
     require_range,
+    require_rows,
     require_whole,
 )
 
@@ -49,6 +50,7 @@ _WHOLE = {  # the least value of each field that counts
 }
 _NUMBERS = {  # the least and the largest value of each field that measures
     "distractor_share": (0.0, 1.0),
+    "text_share": (0.0, 1.0),
     "learning_rate": (0.0, math.inf),
     "converter_rate_factor": (0.0, math.inf),
     "reader_learning_rate": (0.0, math.inf),
@@ -109,10 +111,12 @@ class TrainConfig:
     )
     init_from: str | None = described("compressor to start from; None: an untrained one", default=None)
     texts: tuple[str, ...] = described("text corpora: .txt or .md, .jsonl(.gz) with `text`, or hf:ID", default=())
-    questions: Mapping[str, float] = described("question files and their weights", default_factory=dict)
+    questions: Mapping[str, float] = described(
+        "question files and their weights; synthetic:FILE makes them out of a text corpus", default_factory=dict
+    )
     held_out: tuple[str, ...] = described("files whose texts and questions are dropped from training", default=())
     cache: str | None = described("folder for tokenised corpora; None: `out`/tokens", default=None)
-    examples_per_step: int = described("examples in an optimiser step, on every device", default=8)
+    examples_per_step: int = described("examples in an optimiser step, on every device; at most, with rows", default=8)
     text_tokens: tuple[int, int] = described(
         "shortest and longest text of a text example, in tokens", default=(64, 512)
     )
@@ -125,7 +129,13 @@ class TrainConfig:
     converter_rate_factor: float = described("times learning_rate: converter, slot embedding and pool", default=5.0)
     reader_rank: int = described("rank of the generator's reader LoRA; 0: the generator stays frozen", default=0)
     reader_learning_rate: float = described("of the reader LoRA", default=3e-4)
-    distillation: float = described("weight of KL to the generator reading the text, on answer tokens", default=0.0)
+    text_share: float = described(
+        "share of a questions example's documents that stay text: what reading them teaches, the teacher knows",
+        default=0.0,
+    )
+    distillation: float = described(
+        "weight of KL to the same generator, reader included, reading the text, on answer tokens", default=0.0
+    )
     warmup_steps: int = described("steps to full learning rate", default=50)
     decay_share: float = described("last share of all steps over which the rate falls linearly to zero", default=0.2)
     weight_decay: float = described("of AdamW, on matrices", default=0.01)
@@ -134,8 +144,13 @@ class TrainConfig:
         "'bf16' or 'fp32', of models and activations; trained weights stay float32", default="bf16"
     )
     row_places: int = described("room in a packed row", default=1024)
+    rows: tuple[int, ...] = described(
+        "packed rows of a step for encoder, generator and teacher, filled with as many examples as fit: one shape for "
+        "compiled code; empty: as many as examples_per_step examples need",
+        default=(),
+    )
     workers: int = described("processes that build batches", default=1)
-    compile: bool = described("torch.compile the encoder and the generator", default=False)
+    compile: bool = described("torch.compile the layers of encoder and generator", default=False)
     attn_implementation: str = described("'sdpa', 'eager' or 'flex_attention'", default="sdpa")
     checkpoint_minutes: float = described("minutes between resumable checkpoints", default=10.0)
     log_steps: int = described("steps between lines of metrics.jsonl", default=10)
@@ -155,6 +170,8 @@ class TrainConfig:
         for name in ("texts", "held_out"):
             require_paths(name, getattr(self, name))
         require_range("text_tokens", self.text_tokens, 2)
+        if self.rows != ():
+            require_rows(self.rows)
         self._check_weights()
         self._check_sources()
 
@@ -177,6 +194,22 @@ class TrainConfig:
     def steps(self) -> int:
         """Optimiser steps of all stages."""
         return sum(stage.steps for stage in self.stages)
+
+    def ending_at(self, steps: int) -> TrainConfig:
+        """The same run with that many steps: later stages are cut, or the last one is extended.
+
+        >>> run = TrainConfig("out", (Stage(2, {"continue": 1}), Stage(5, {"reconstruct": 1})), texts=("a.txt",))
+        >>> [stage.steps for stage in run.ending_at(4).stages], [stage.steps for stage in run.ending_at(9).stages]
+        ([2, 2], [2, 7])
+        """
+        stages, left = [], steps
+        for stage in self.stages:
+            if left > 0:
+                stages.append(dataclasses.replace(stage, steps=min(stage.steps, left)))
+            left -= stage.steps
+        if left > 0:
+            stages[-1] = dataclasses.replace(stages[-1], steps=stages[-1].steps + left)
+        return dataclasses.replace(self, stages=tuple(stages))
 
     @classmethod
     def load(cls, path: str | Path, **overrides: Any) -> TrainConfig:  # noqa: ANN401 - any field

@@ -6,10 +6,12 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,15 @@ import numpy as np
 from tqdm import tqdm
 
 from pic_rag.questions import Question, read_jsonl, read_rows
+from pic_rag.training.synthetic import passages
 
 logger = logging.getLogger(__name__)
 
+SYNTHETIC = "synthetic:"
+"""Before the name of a text corpus: the questions its texts ask about themselves."""
+
 _BATCH_TEXTS = 1000
+_WORD = re.compile(r"[^\W_]+")
 
 
 @dataclass(frozen=True)
@@ -54,23 +61,16 @@ class TokenTable:
         return np.asarray(self.ids[self.ends[number] : self.ends[number + 1]], dtype=np.int64)
 
     @classmethod
-    def build(cls, folder: Path, texts: Iterable[str], tokenizer: Any) -> TokenTable:  # noqa: ANN401
-        """Tokenise texts into a new folder; it appears whole or not at all."""
+    def write(cls, folder: Path, texts: Iterable[str], tokenizer: Any) -> None:  # noqa: ANN401
+        """Tokenise texts into the files of a table."""
         dtype = np.uint16 if len(tokenizer) <= np.iinfo(np.uint16).max + 1 else np.uint32
-        folder.parent.mkdir(parents=True, exist_ok=True)
         ids, ends = [], [0]
         for batch in _batched(tqdm(texts, desc=f"tokenise {folder.name}", disable=None, delay=1.0)):
             for tokens in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
                 ids.append(np.asarray(tokens, dtype=dtype))
                 ends.append(ends[-1] + len(tokens))
-        with tempfile.TemporaryDirectory(dir=folder.parent) as staging:
-            whole = Path(staging, "table")
-            whole.mkdir()
-            np.save(whole / "ids.npy", np.concatenate(ids) if ids else np.empty(0, dtype))
-            np.save(whole / "ends.npy", np.asarray(ends, dtype=np.int64))
-            if not folder.exists():
-                os.rename(whole, folder)
-        return cls(folder)
+        np.save(folder / "ids.npy", np.concatenate(ids) if ids else np.empty(0, dtype))
+        np.save(folder / "ends.npy", np.asarray(ends, dtype=np.int64))
 
 
 def read_texts(source: str) -> Iterator[str]:
@@ -84,16 +84,27 @@ def read_texts(source: str) -> Iterator[str]:
     elif source.endswith((".txt", ".md")):
         yield Path(source).read_text(encoding="utf-8")
     else:
-        for values, where in read_jsonl(source):
-            if not isinstance(values.get("text"), str):
-                raise ValueError(
-                    f"text must be a string, got {values.get('text')!r} in {where}. Give it in every line."
-                )
-            yield values["text"]
+        yield from (values["text"] for values in _text_rows(source))
+
+
+def _text_rows(source: str) -> Iterator[dict[str, Any]]:
+    for values, where in read_jsonl(source):
+        if not isinstance(values.get("text"), str):
+            raise ValueError(f"text must be a string, got {values.get('text')!r} in {where}. Give it in every line.")
+        yield values
 
 
 def read_questions(source: str) -> Iterator[Record]:
-    """Questions of a file: `.jsonl(.gz)` in the form of `pic-rag eval`, or SQuAD's own `.json`."""
+    """Questions of a file: `.jsonl(.gz)` in the form of `pic-rag eval`, or SQuAD's own `.json`.
+
+    `synthetic:FILE` is a `.jsonl(.gz)` file of texts, and the questions are those of `pic_rag.training.synthetic`.
+    """
+    if source.startswith(SYNTHETIC):
+        for values in _text_rows(source.removeprefix(SYNTHETIC)):
+            for passage in passages(values["text"], str(values.get("title") or "")):
+                for question, answer in passage.questions:
+                    yield Record(question, [answer], [passage.text], [0])
+        return
     for row in read_rows(source):
         if row.values.get("contexts") and row.values.get("answers"):
             asked = Question.from_row(row)
@@ -114,10 +125,10 @@ def held_out_hashes(sources: Sequence[str]) -> set[str]:
     return hashes - {content_hash("")}  # else every context of one line would count as held out
 
 
+@lru_cache(maxsize=1 << 16)  # contexts come back with every question about them
 def content_hash(text: str) -> str:
     """Hash of a text's words: case, punctuation and spacing do not hide a held-out text."""
-    words = "".join(character if character.isalnum() else " " for character in text.lower()).split()
-    return hashlib.sha256(" ".join(words).encode()).hexdigest()
+    return hashlib.sha256(" ".join(_WORD.findall(text.lower())).encode()).hexdigest()
 
 
 def keep_training(records: Iterable[Record], held_out: set[str]) -> Iterator[Record]:
@@ -133,61 +144,138 @@ def _held_out_by(record: Record, held_out: set[str]) -> str | None:
     return "context" if any(content_hash(text) in held_out for text in contexts) else None
 
 
-def text_table(sources: Sequence[str], cache: Path, tokenizer: Any, held_out: set[str]) -> TokenTable:  # noqa: ANN401
-    """All text corpora as one token table, tokenised when the cache does not hold it."""
-    folder = cache / f"texts-{_cache_key(sources, tokenizer, held_out)}"
-    if folder.exists():
-        return TokenTable(folder)
-    texts = (text for source in sources for text in read_texts(source) if content_hash(text) not in held_out)
-    return TokenTable.build(folder, texts, tokenizer)
+class Corpora:
+    """The tokenised corpora of a run, in a folder that holds each until its files change.
+
+    A table that was made elsewhere counts as it is where its files are not at hand, so a training machine needs the
+    folder alone.
+
+    Args:
+        cache: the folder.
+        tokenizer: any Hugging Face tokenizer.
+        held_out: files whose texts and questions are dropped.
+    """
+
+    def __init__(self, cache: Path, tokenizer: Any, held_out: Sequence[str]) -> None:  # noqa: ANN401
+        self.cache = cache
+        self.tokenizer = tokenizer
+        self.held_out = tuple(held_out)
+        self._vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
+
+    def texts(self, sources: Sequence[str]) -> TokenTable:
+        """All text corpora as one table."""
+
+        def build(folder: Path) -> None:
+            held_out = self._held_out_hashes
+            texts = (text for source in sources for text in read_texts(source) if content_hash(text) not in held_out)
+            TokenTable.write(folder, texts, self.tokenizer)
+
+        return TokenTable(self._table("texts", sources, build))
+
+    def questions(self, source: str) -> QuestionTable:
+        """The questions of a file."""
+
+        def build(folder: Path) -> None:
+            QuestionTable.write(folder, _training_records(source, self._held_out_hashes), self.tokenizer)
+
+        return QuestionTable(self._table("questions", [source], build))
+
+    @cached_property
+    def _held_out_hashes(self) -> set[str]:
+        return held_out_hashes(self.held_out)
+
+    def _table(self, kind: str, sources: Sequence[str], build: Callable[[Path], None]) -> Path:
+        """The folder of a table; it appears whole or not at all."""
+        files = [source.removeprefix(SYNTHETIC) for source in (*sources, *self.held_out)]
+        stamp = {file: _stamp(file) for file in files}
+        identity = json.dumps([list(sources), list(self.held_out), self._vocabulary])
+        folder = self.cache / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
+        if folder.exists():
+            made = json.loads((folder / "files.json").read_text(encoding="utf-8"))
+            if all(now in (None, made.get(file)) for file, now in stamp.items()):
+                return folder
+        self.cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.cache) as staging:
+            whole = Path(staging, folder.name)
+            whole.mkdir()
+            build(whole)
+            (whole / "files.json").write_text(json.dumps(stamp, indent=1), encoding="utf-8")
+            if folder.exists():
+                os.rename(folder, Path(staging, "stale"))
+            os.rename(whole, folder)
+        return folder
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question of a table; its documents are rows of the table's contexts.
+
+    Attributes:
+        question: as asked.
+        answers: at least one.
+        contexts: the rows of its documents.
+        gold: those that hold the answer.
+    """
+
+    question: str
+    answers: list[str]
+    contexts: list[int]
+    gold: list[int]
 
 
 class QuestionTable:
     """Questions of one file, grouped by the documents they are about; contexts are tokenised once.
 
     Attributes:
-        groups: lists of records that share their contexts.
+        groups: lists of questions that share their contexts.
         contexts: token ids of every distinct context.
-        number: the row of `contexts` of a context's text.
     """
 
-    def __init__(self, source: str, cache: Path, tokenizer: Any, held_out: set[str]) -> None:  # noqa: ANN401
-        records = _training_records(source, held_out)
-        self.number: dict[str, int] = {}
-        grouped: dict[tuple[int, ...], list[Record]] = {}
-        for record in records:
-            key = tuple(self.number.setdefault(text, len(self.number)) for text in record.contexts)
-            grouped.setdefault(key, []).append(record)
+    def __init__(self, folder: Path) -> None:
+        self.contexts = TokenTable(folder)
+        grouped: dict[tuple[int, ...], list[Asked]] = {}
+        for line in (folder / "questions.jsonl").read_text(encoding="utf-8").splitlines():
+            asked = Asked(**json.loads(line))
+            grouped.setdefault(tuple(asked.contexts), []).append(asked)
         self.groups = list(grouped.values())
-        folder = cache / f"contexts-{_cache_key([source], tokenizer, held_out)}"
-        self.contexts = TokenTable(folder) if folder.exists() else TokenTable.build(folder, self.number, tokenizer)
+
+    @classmethod
+    def write(cls, folder: Path, records: Iterable[Record], tokenizer: Any) -> None:  # noqa: ANN401
+        """Write the files of a table."""
+        row: dict[str, int] = {}
+        with (folder / "questions.jsonl").open("w", encoding="utf-8") as lines:
+            for record in records:
+                contexts = [row.setdefault(text, len(row)) for text in record.contexts]
+                gold = [contexts[number] for number in record.gold] or contexts[:1]
+                lines.write(json.dumps(asdict(Asked(record.question, record.answers, contexts, gold))) + "\n")
+        TokenTable.write(folder, row, tokenizer)
 
 
-def _training_records(source: str, held_out: set[str]) -> list[Record]:
-    records: list[Record] = []
+def _training_records(source: str, held_out: set[str]) -> Iterator[Record]:
+    kept = 0
     dropped: Counter[str] = Counter()
     for record in read_questions(source):
         reason = _held_out_by(record, held_out)
         if reason is None:
-            records.append(record)
+            kept += 1
+            yield record
         else:
             dropped[reason] += 1
     why = f"{dropped['wording']} held out by the wording of the question and {dropped['context']} by a context"
-    logger.info("%s: %d questions kept for training, %s", source, len(records), why)
-    if not records:
+    logger.info("%s: %d questions kept for training, %s", source, kept, why)
+    if not kept:
         raise ValueError(
             f"questions must hold at least one question that is not held out, got none in {source}: {why}. "
             "Name other questions, or take the file that they share words with out of held_out."
         )
-    return records
 
 
-def _cache_key(sources: Sequence[str], tokenizer: Any, held_out: set[str]) -> str:  # noqa: ANN401
-    stats = [os.stat(source) if os.path.exists(source) else None for source in sources]
-    files = [(source, stat and (stat.st_size, stat.st_mtime_ns)) for source, stat in zip(sources, stats, strict=True)]
-    vocabulary = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode()).hexdigest()
-    identity = json.dumps([files, vocabulary, sorted(held_out)])
-    return hashlib.sha256(identity.encode()).hexdigest()[:16]
+def _stamp(file: str) -> list[int] | None:
+    """Size and time of a file; None where there is none."""
+    if not os.path.exists(file):
+        return None
+    stat = os.stat(file)
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _batched(texts: Iterable[str]) -> Iterator[list[str]]:

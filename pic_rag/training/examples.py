@@ -17,7 +17,7 @@ from pic_rag.handles import escape_handles, split_handles
 from pic_rag.prompts import INSTRUCTION, rag_messages, repeat_messages
 from pic_rag.questions import Question
 from pic_rag.training.config import TrainConfig
-from pic_rag.training.corpora import QuestionTable, Record, TokenTable
+from pic_rag.training.corpora import Asked, QuestionTable, TokenTable
 
 MEMORY = -1  # stands in a sequence where a memory token goes
 Messages = list[dict[str, str]]
@@ -52,6 +52,17 @@ class Example:
     segments: list[Segment]
     reads: Dialogue
     teacher: Dialogue | None = None
+
+    @property
+    def places(self) -> np.ndarray:
+        """`(3,)` places it takes in rows of the encoder, of the generator and of its teacher."""
+        dialogues = [len(dialogue.ids) if dialogue else 0 for dialogue in (self.reads, self.teacher)]
+        return np.array([sum(segment.places for segment in self.segments), *dialogues])
+
+    @property
+    def longest(self) -> int:
+        """Places of its longest sequence: a segment, or what the generator or its teacher reads."""
+        return max(*self.places[1:], *(segment.places for segment in self.segments))
 
 
 def _plain(question: str, passages: Sequence[str]) -> Messages:
@@ -94,6 +105,8 @@ PROMPT_SHAPES: tuple[tuple[float, PromptShape], ...] = (
     (0.1, _question_first),
 )
 """Weights and forms of the prompts that the frameworks really send."""
+
+_SHAPE_WEIGHTS = [weight for weight, _ in PROMPT_SHAPES]
 
 
 class ExampleFactory:
@@ -145,7 +158,7 @@ class ExampleFactory:
 
     def _reconstruct(self, ratios: Ratios, random: np.random.Generator) -> Example:
         text = self._excerpt(random, 0)
-        segments = self._compress([text], ratios, random)
+        segments = self._compress(text, ratios, random)
         prompt = self._render(repeat_messages(_handle(0)))
         pieces = self._tokenize(prompt, [_memory_places(segments)])
         end = np.array([self.tokenizer.eos_token_id])
@@ -154,42 +167,47 @@ class ExampleFactory:
     def _continue(self, ratios: Ratios, random: np.random.Generator) -> Example:
         excerpt = self._excerpt(random, self.config.target_tokens)
         cut = max(1, len(excerpt) - self.config.target_tokens)
-        segments = self._compress([excerpt[:cut]], ratios, random)
+        segments = self._compress(excerpt[:cut], ratios, random)
         return Example(segments, Dialogue.join([(_memory_places(segments), False), (excerpt[cut:], True)]))
 
     def _ask(self, ratios: Ratios, random: np.random.Generator) -> Example:
         table = self.questions[random.choice(len(self.questions), p=self._question_weights)]
         group = table.groups[random.integers(len(table.groups))]
         asked = [group[number] for number in random.permutation(len(group))[: self.config.turns]]
-        documents = [table.contexts[table.number[text]] for text in self._documents(asked, table, random)]
-        segments: list[list[Segment]] = [self._compress([document], ratios, random) for document in documents]
-        shape = PROMPT_SHAPES[random.choice(len(PROMPT_SHAPES), p=[weight for weight, _ in PROMPT_SHAPES])][1]
+        documents = [table.contexts[row] for row in self._documents(asked[0], table, random)]
+        shown: list[np.ndarray] = []
+        segments: list[Segment] = []
+        for document in documents:
+            if random.random() < self.config.text_share:
+                shown.append(document)
+                continue
+            parts = self._compress(document, ratios, random)
+            segments += parts
+            shown.append(_memory_places(parts))
+        shape = PROMPT_SHAPES[random.choice(len(PROMPT_SHAPES), p=_SHAPE_WEIGHTS)][1]
         spans = self._conversation(asked, shape, len(documents), random)
-        reads = self._sequence(spans, [_memory_places(parts) for parts in segments])
         teacher = self._sequence(spans, documents) if self.config.distillation else None
-        return Example([segment for parts in segments for segment in parts], reads, teacher)
+        return Example(segments, self._sequence(spans, shown), teacher)
 
-    def _documents(self, asked: list[Record], table: QuestionTable, random: np.random.Generator) -> list[str]:
+    def _documents(self, asked: Asked, table: QuestionTable, random: np.random.Generator) -> list[int]:
         """The contexts to show: the gold one always, distractors from the record or from neighbouring records."""
-        record = asked[0]
-        gold = [record.contexts[number] for number in record.gold] or record.contexts[:1]
-        others = [text for text in record.contexts if text not in gold]
+        gold = list(asked.gold)
+        others = [row for row in asked.contexts if row not in gold]
         limit = max(len(gold), int(random.integers(1, self.config.documents + 1)))
         if not others and random.random() < self.config.distractor_share:
-            others = self._neighbours(record, table, random)
+            others = self._neighbours(asked, table, random)
         random.shuffle(others)
         shown = gold + others[: limit - len(gold)]
         random.shuffle(shown)
         return shown
 
-    def _neighbours(self, record: Record, table: QuestionTable, random: np.random.Generator) -> list[str]:
-        here = table.number[record.contexts[0]]
-        names = list(table.number)
+    def _neighbours(self, asked: Asked, table: QuestionTable, random: np.random.Generator) -> list[int]:
+        here = asked.contexts[0]
         near = here + random.integers(-8, 9, size=self.config.documents)
-        return [names[number] for number in set(near.tolist()) if 0 <= number < len(names) and number != here]
+        return [row for row in set(near.tolist()) if 0 <= row < len(table.contexts) and row != here]
 
     def _conversation(
-        self, asked: list[Record], shape: PromptShape, documents: int, random: np.random.Generator
+        self, asked: list[Asked], shape: PromptShape, documents: int, random: np.random.Generator
     ) -> list[tuple[str, bool]]:
         """The rendered chat as (text, is_target) spans: every answer is a target, its end token included."""
         answers = [record.answers[random.integers(len(record.answers))] for record in asked]
@@ -233,12 +251,11 @@ class ExampleFactory:
                 start = random.integers(max(1, len(text) - wanted + 1))
                 return text[start : start + wanted]
 
-    def _compress(self, documents: Sequence[np.ndarray], ratios: Ratios, random: np.random.Generator) -> list[Segment]:
-        """Segments of some documents at one random ratio and one random number of slots a chunk."""
+    def _compress(self, document: np.ndarray, ratios: Ratios, random: np.random.Generator) -> list[Segment]:
+        """Segments of a document at a random ratio and a random number of slots a chunk."""
         weights = np.array(list(ratios.values()))
         ratio = int(random.choice(list(ratios), p=weights / weights.sum()))
-        slots_per_chunk = int(random.choice(self.config.slots_per_chunk))
-        return [part for document in documents for part in self._cut(document, ratio, slots_per_chunk)]
+        return self._cut(document, ratio, int(random.choice(self.config.slots_per_chunk)))
 
     def _cut(self, document: np.ndarray, ratio: int, slots_per_chunk: int) -> list[Segment]:
         """Segments of one document."""

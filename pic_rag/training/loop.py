@@ -9,14 +9,16 @@ import math
 import os
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -27,7 +29,7 @@ from pic_rag.encoder import PicEncoder
 from pic_rag.quiet import quiet_loading
 from pic_rag.training.batch import Batch, StepDataset
 from pic_rag.training.config import TrainConfig
-from pic_rag.training.corpora import QuestionTable, held_out_hashes, text_table
+from pic_rag.training.corpora import Corpora
 from pic_rag.training.examples import ExampleFactory
 from pic_rag.training.metrics import MetricsLog
 from pic_rag.training.objective import Objective
@@ -37,14 +39,19 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "training_state.pt"
 METRICS_FILE = "metrics.jsonl"
 COMPRESSOR_FOLDER = "compressor"
+_PACE_STEPS = 100
 
 
-def train(config: TrainConfig, *, minutes: float | None = None, progress: bool | None = None) -> Path:
+def train(
+    config: TrainConfig, *, minutes: float | None = None, finish: bool = False, progress: bool | None = None
+) -> Path:
     """Run a training configuration to its end, from its last checkpoint if there is one.
 
     Args:
         config: the run. Its `out` receives `metrics.jsonl`, `training_state.pt` and `compressor/`.
         minutes: stop after that long, with a checkpoint to resume from.
+        finish: end the run within `minutes`: its stages are cut, or the last one extended, so that the learning rate
+            reaches zero when the time is over.
         progress: False hides the bar; None shows it on a terminal.
 
     Returns:
@@ -53,7 +60,7 @@ def train(config: TrainConfig, *, minutes: float | None = None, progress: bool |
     Raises:
         ValueError: when the run in `out` was started with another configuration.
     """
-    return Trainer(config, Accelerator()).run(minutes, progress)
+    return Trainer(config, Accelerator()).run(minutes, progress, finish=finish)
 
 
 class Trainer:
@@ -81,27 +88,48 @@ class Trainer:
         elif self.encoder.pool is not None:
             self.encoder.pool.start_at(self.factory.token_counts(len(self.encoder.pool.token_salience)))
         for module in (self.encoder, self.generator):
-            torch.nn.Module.to(module, dtype=base.model.dtype)
-        self.trained = [*_trainable(self.encoder), *_trainable(self.generator)]
+            nn.Module.to(module, dtype=base.model.dtype)
+        self.trained: list[torch.Tensor] = [*_trainable(self.encoder), *_trainable(self.generator)]
         self.master = [parameter.detach().float().clone() for parameter in self.trained]
         self.optimizer = torch.optim.AdamW(self._groups(), betas=(0.9, 0.95), fused=True)
         self.model = accelerator.prepare(Objective(self.encoder, self.generator, config.distillation))
         if config.compile:
-            self.encoder.decoder.compile(dynamic=True)
-            self.generator.get_decoder().compile(dynamic=True)
+            for decoder in (self.encoder.decoder, self.generator.get_decoder()):
+                for layer in cast("nn.ModuleList", decoder.layers):  # all alike: compiled once, in seconds
+                    layer.compile(dynamic=False if config.rows else None)
         self.step = 0
         self.seconds = 0.0
         self._resume()
 
-    def run(self, minutes: float | None, progress: bool | None, watch: Callable[[Trainer], None] | None = None) -> Path:
-        """Train from where the run stands to its end, or for some minutes.
+    def run(
+        self,
+        minutes: float | None,
+        progress: bool | None,
+        watch: Callable[[Trainer], None] | None = None,
+        *,
+        finish: bool = False,
+    ) -> Path:
+        """Train from where the run stands to its end, or for some minutes; `finish` as in `train`.
 
         `watch` is called after every step, before the step can become a checkpoint; what it takes is not training time.
         """
+        if finish and minutes is not None:
+            constant = (1 - self.config.decay_share) * minutes
+            pace = self._run(constant, progress, watch)
+            if self.step < self.config.steps:
+                left = max(1, round(60 * (minutes - constant) / pace))
+                self.config = self.config.ending_at(self.step + left)
+                minutes = 1.1 * (minutes - constant)  # should the pace fall
+        self._run(minutes, progress, watch)
+        return self.out / COMPRESSOR_FOLDER
+
+    def _run(self, minutes: float | None, progress: bool | None, watch: Callable[[Trainer], None] | None) -> float:
+        """Train for some minutes at most; returns seconds a step, of the latest steps."""
         steps = range(self.step, self.config.steps)
         dataset = StepDataset(self.config, self.factory, self.accelerator.process_index)
-        batches = _loader(dataset, steps, self.config.workers)
+        batches = _loader(dataset, steps, self.config.workers, pin=self.accelerator.device.type == "cuda")
         started = saved = time.monotonic()
+        ends: deque[float] = deque([started], maxlen=_PACE_STEPS)
         begin = started - self.seconds  # as if the run had been trained in one go
         hidden = progress is False or not self.accelerator.is_main_process
         log = None
@@ -113,6 +141,7 @@ class Trainer:
                 self.step += 1
                 bar.update()
                 now = time.monotonic()
+                ends.append(now)
                 if log is not None:
                     log.add(batch, loss, accuracy, gradient, self._rate(self.step - 1))
                     if self.step % self.config.log_steps == 0 or self.step == self.config.steps:
@@ -127,8 +156,9 @@ class Trainer:
                     saved = time.monotonic()
                 if minutes is not None and self._agree(now - started > 60 * minutes):
                     break
-        self._save(time.monotonic() - begin)
-        return self.out / COMPRESSOR_FOLDER
+        self.seconds = time.monotonic() - begin
+        self._save(self.seconds)
+        return (ends[-1] - ends[0]) / max(1, len(ends) - 1)
 
     def _take_step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rate = self._rate(self.step)
@@ -140,7 +170,7 @@ class Trainer:
         for master, parameter in zip(self.master, self.trained, strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
-        gradient = torch.nn.utils.clip_grad_norm_(self.master, self.config.clip)
+        gradient = nn.utils.clip_grad_norm_(self.master, self.config.clip)
         self.optimizer.step()
         self._publish()
         return loss.detach(), accuracy.detach(), gradient.detach()
@@ -154,8 +184,7 @@ class Trainer:
     def _publish(self) -> None:
         """Copy the float32 master weights into the model, which computes in its own dtype."""
         with torch.no_grad():
-            for parameter, master in zip(self.trained, self.master, strict=True):
-                parameter.copy_(master)
+            torch._foreach_copy_(self.trained, self.master)
 
     def _rate(self, step: int) -> float:
         """Share of the peak learning rate: warm-up, constant, then linearly to zero."""
@@ -168,12 +197,9 @@ class Trainer:
         config = self.config
         cache = Path(config.cache) if config.cache else self.out / "tokens"
         with self.accelerator.main_process_first():
-            held_out = held_out_hashes(config.held_out)
-            texts = text_table(config.texts, cache, self.backbone.tokenizer, held_out) if config.texts else None
-            questions = {
-                QuestionTable(source, cache, self.backbone.tokenizer, held_out): weight
-                for source, weight in config.questions.items()
-            }
+            corpora = Corpora(cache, self.backbone.tokenizer, config.held_out)
+            texts = corpora.texts(config.texts) if config.texts else None
+            questions = {corpora.questions(source): weight for source, weight in config.questions.items()}
         return ExampleFactory(config, self.backbone.tokenizer, texts, questions)
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -260,7 +286,7 @@ class Trainer:
         logger.info("resumed %s at step %d", self.out, self.step)
 
 
-def _trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
@@ -285,9 +311,10 @@ def _save_reader(generator: PeftModel, folder: Path, base: str) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; the compressor's speaks for both
 
 
-def _loader(dataset: StepDataset, steps: range, workers: int) -> DataLoader[Batch]:
+def _loader(dataset: StepDataset, steps: range, workers: int, *, pin: bool) -> DataLoader[Batch]:
+    prefetch = 4 if workers else None
     return DataLoader(
-        dataset, batch_size=None, sampler=list(steps), num_workers=workers, prefetch_factor=4 if workers else None
+        dataset, batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=prefetch, pin_memory=pin
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from peft import PeftModel
 from torch import nn
@@ -24,7 +22,7 @@ class Objective(nn.Module):
     Args:
         encoder: trained.
         generator: a causal LM, frozen but for its reader LoRA, if peft has put one in it.
-        distillation: weight of the KL to the generator without its reader, reading text.
+        distillation: weight of the KL to the same generator, its reader switched on as well, reading the text.
     """
 
     def __init__(self, encoder: PicEncoder, generator: PreTrainedModel | PeftModel, distillation: float) -> None:
@@ -43,7 +41,7 @@ class Objective(nn.Module):
         hidden = self._read(batch.reads, self.encoder(batch.layout))  # (targets, hidden)
         teacher = None
         if batch.teacher is not None:
-            with torch.no_grad(), self._without_reader():
+            with torch.no_grad():
                 teacher = self._read(batch.teacher, None)
         targets = batch.reads.target_ids
         sums = torch.zeros(3, device=hidden.device)
@@ -90,6 +88,3 @@ class Objective(nn.Module):
             inputs_embeds=embeddings, position_ids=rows.position_ids, attention_mask=mask, use_cache=False
         ).last_hidden_state
         return states[rows.target_row, rows.target_place]
-
-    def _without_reader(self) -> AbstractContextManager[None]:
-        return self.generator.disable_adapter() if isinstance(self.generator, PeftModel) else nullcontext()

@@ -53,5 +53,14 @@ def require_range(name: str, values: Any, least: int) -> None:  # noqa: ANN401
         raise ValueError(f"{name} must be two whole numbers, {least} <= shortest <= longest, got {values!r}.")
 
 
+def require_rows(values: Any) -> None:  # noqa: ANN401
+    """Raise ValueError unless the value is three whole numbers of 1 or more."""
+    whole = isinstance(values, tuple) and len(values) == 3 and all(type(value) is int for value in values)
+    if not whole or min(values) < 1:
+        raise ValueError(
+            f"rows must be three whole numbers of 1 or more, for encoder, generator and teacher, got {values!r}."
+        )
+
+
 def _is_number(value: Any) -> bool:  # noqa: ANN401
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
