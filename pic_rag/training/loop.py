@@ -312,7 +312,7 @@ def _save_reader(generator: PeftModel, folder: Path, base: str) -> None:
 
 
 def _loader(dataset: StepDataset, steps: range, workers: int, *, pin: bool) -> DataLoader[Batch]:
-    prefetch = 4 if workers else None
+    prefetch = 2 if workers else None
     return DataLoader(
         dataset, batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=prefetch, pin_memory=pin
     )
