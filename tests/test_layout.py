@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pic_rag.chunking import fold, place_slots
-from pic_rag.layout import build_layout, pack
+from pic_rag.layout import RowsFullError, build_layout, pack
 
 
 def _segment(tokens, first=0, ratio=4, slots_per_chunk=2):
@@ -79,3 +79,21 @@ def test_a_layout_moves_as_a_whole():
     layout = build_layout([_segment(9)], positions="spread").to("meta")
     assert {tensor.device.type for tensor in vars(layout).values()} == {"meta"}
     assert all(isinstance(tensor, torch.Tensor) for tensor in vars(layout).values())
+
+
+def test_rows_of_a_fixed_shape_hold_the_same_segments_and_padding_attends_to_itself_alone():
+    segments = [_segment(21), _segment(11, 30)]
+    tight = build_layout(segments, positions="spread", row_places=64)
+    fixed = build_layout(segments, positions="spread", row_places=64, rows=3)
+    assert fixed.token_ids.shape == (3, 64)
+    width = tight.token_ids.shape[1]
+    assert torch.equal(fixed.token_ids[:1, :width], tight.token_ids)
+    assert torch.equal(fixed.position_ids[:1, :width], tight.position_ids)
+    padding = fixed.segment[fixed.segment < 0]
+    assert len(padding) == 3 * 64 - sum(segment.places for segment in segments)
+    assert all(len(row[row < 0].unique()) == int((row < 0).sum()) for row in fixed.segment)
+
+
+def test_rows_that_are_too_few_are_an_error():
+    with pytest.raises(RowsFullError, match="1 rows of 32 places must hold all sequences, got 2 rows of them"):
+        build_layout([_segment(21), _segment(21)], positions="spread", row_places=32, rows=1)

@@ -8,6 +8,7 @@ import hashlib
 import json
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -18,9 +19,19 @@ from accelerate import Accelerator
 import pic_rag.training
 from pic_rag.compressor import Compressor
 from pic_rag.config import PicConfig
+from pic_rag.questions import read_questions as read_eval_questions
+from pic_rag.training.batch import StepDataset, build_batches
 from pic_rag.training.config import Stage, TrainConfig
-from pic_rag.training.corpora import content_hash, held_out_hashes, keep_training, read_questions, read_texts
+from pic_rag.training.corpora import (
+    Corpora,
+    content_hash,
+    held_out_hashes,
+    keep_training,
+    read_questions,
+    read_texts,
+)
 from pic_rag.training.loop import Trainer, train
+from pic_rag.training.synthetic import passages
 
 TEXT = "The harbour of Whitby lay still, and nobody spoke before the bell rang number {}. Then all of them left."
 
@@ -202,6 +213,128 @@ def test_a_run_can_start_from_a_compressor(data, tmp_path):
     assert all(torch.equal(state[name].to(tensor.dtype), tensor) for name, tensor in kept.items())
 
 
+def test_rows_give_every_step_one_shape_and_change_nothing_else(data, tmp_path):
+    fields = {"reader_rank": 2, "distillation": 1.0, "tasks": {"questions": 1}, "steps": 3, "documents": 1, "turns": 1}
+    free = Trainer(_config(data, tmp_path / "free", **fields), Accelerator())
+    fixed = Trainer(_config(data, tmp_path / "fixed", **fields, rows=[3, 4, 5], row_places=512), Accelerator())
+    for step in range(3):
+        small, large = (StepDataset(trainer.config, trainer.factory)[step] for trainer in (free, fixed))
+        shapes = [rows.ids.shape for rows in (large.reads, large.teacher)]
+        assert [large.layout.token_ids.shape, *shapes] == [(3, 512), (4, 512), (5, 512)]
+        assert torch.equal(small.reads.target_ids, large.reads.target_ids)
+        with torch.no_grad():
+            torch.testing.assert_close(free.model(small)[0], fixed.model(large)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_take_as_many_examples_as_they_hold(data, tmp_path):
+    fields = {"tasks": {"questions": 1}, "documents": 1, "turns": 1, "row_places": 512, "examples_per_step": 1000}
+    counts = []
+    for rows in ([2, 2, 2], [6, 6, 6]):
+        trainer = Trainer(_config(data, tmp_path / str(rows[0]), **fields, rows=rows), Accelerator())
+        batch = StepDataset(trainer.config, trainer.factory)[0]
+        counts.append(int(batch.reads.segment.max()) + 1)
+        assert (batch.reads.segment >= 0).float().mean() > 0.6
+    assert counts[1] > 2 * counts[0]
+
+
+def test_all_examples_are_measured_whatever_the_rows_hold(data, tmp_path):
+    trainer = Trainer(_config(data, tmp_path, rows=[1, 1, 1], row_places=512), Accelerator())
+    posed = [trainer.factory.pose(asked, 4) for asked in read_eval_questions(data / "questions.jsonl")]
+    batches = build_batches("questions", posed, trainer.config, size=6)
+    assert sum(int(batch.reads.segment.max()) + 1 for batch in batches) == len(posed)
+    assert len(batches) == 2
+
+
+def test_documents_that_stay_text_are_read_as_their_tokens(data, tmp_path):
+    fields = {"tasks": {"questions": 1}, "documents": 1, "turns": 1, "distillation": 1.0, "text_share": 0.5}
+    trainer = Trainer(_config(data, tmp_path, **fields), Accelerator())
+    random = np.random.default_rng(0)
+    drawn = [trainer.factory.draw("questions", {4: 1.0}, random) for _ in range(30)]
+    as_text = [np.array_equal(example.reads.ids, example.teacher.ids) for example in drawn]
+    assert as_text == [not example.segments for example in drawn]
+    assert 8 < sum(as_text) < 22
+    assert all(len(StepDataset(trainer.config, trainer.factory)[step].layout.slot_row) > 0 for step in range(6))
+
+
+def test_a_run_that_has_to_finish_ends_with_a_rate_of_zero_in_its_time(data, tmp_path):
+    config = _config(data, tmp_path, steps=100_000, tasks={"continue": 1}, decay_share=0.5)
+    started = time.monotonic()
+    train(config, minutes=0.1, finish=True, progress=False)
+    assert time.monotonic() - started < 60
+    lines = _metrics(tmp_path)
+    assert lines[-1]["rate"] < 0.4  # 0 unless the machine grew slower meanwhile
+    assert 10 < lines[-1]["step"] < 100_000
+    assert lines[len(lines) // 4]["rate"] == 1.0
+
+
+def test_a_finished_run_may_be_read_as_what_it_was(data, tmp_path):
+    config = _config(data, tmp_path, steps=9)
+    assert config.ending_at(9) == config
+    assert config.ending_at(4).steps == 4
+    assert config.ending_at(20).steps == 20
+
+
+def test_compiled_layers_learn_what_plain_ones_do(data, tmp_path):
+    fields = {"steps": 3, "tasks": {"reconstruct": 1}, "rows": [2, 2, 2], "row_places": 256}
+    train(_config(data, tmp_path / "plain", **fields), progress=False)
+    train(_config(data, tmp_path / "compiled", **fields, compile=True), progress=False)
+    for one, other in zip(_weights(tmp_path / "plain"), _weights(tmp_path / "compiled"), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+def test_tables_travel_without_the_files_they_were_made_from(data, tmp_path, tiny_tokenizer):
+    source = tmp_path / "questions.jsonl"
+    source.write_bytes((data / "questions.jsonl").read_bytes())
+    held = tmp_path / "held.jsonl"
+    _write(held, [{"question": "which number HAD  bell 2"}])
+    made = Corpora(tmp_path / "cache", tiny_tokenizer, [str(held)]).questions(str(source))
+    source.unlink()
+    held.unlink()
+    again = Corpora(tmp_path / "cache", tiny_tokenizer, [str(held)]).questions(str(source))
+    assert again.groups == made.groups
+    assert len(again.groups) == 5
+    assert [again.contexts[row].tolist() for row in range(5)] == [made.contexts[row].tolist() for row in range(5)]
+
+
+def test_a_changed_file_is_read_again(data, tmp_path, tiny_tokenizer):
+    source = tmp_path / "texts.jsonl"
+    corpora = Corpora(tmp_path / "cache", tiny_tokenizer, [])
+    _write(source, [{"text": "one"}])
+    assert len(corpora.texts([str(source)])) == 1
+    _write(source, [{"text": "one"}, {"text": "and two"}])
+    assert len(corpora.texts([str(source)])) == 2
+
+
+PARAGRAPH = (
+    "The old mill at Harrow Bridge was built by Anna Holm in 1840. It ground rye for forty villages until 1911. "
+    "Its wheel, made of larch, turned on the Tarn. On 12 May 1954 the council sold it to Peter Lunde, an innkeeper. "
+    "Guests of the inn still hear the water under the floor, and the stones of the mill lie in the garden by the road."
+)
+
+
+def test_a_text_asks_for_what_it_says_and_never_gives_the_answer_away():
+    [passage] = passages(PARAGRAPH, "Harrow Mill")
+    assert passage.text == PARAGRAPH
+    gaps = [(question, answer) for question, answer in passage.questions if "_____" in question]
+    assert len(gaps) >= 3
+    for question, answer in gaps:
+        assert answer in PARAGRAPH
+        assert answer not in question
+        assert question.split("_____")[0].split('"')[-1].strip() in PARAGRAPH
+    assert list(passages(PARAGRAPH, "Harrow Mill")) == [passage]
+
+
+def test_synthetic_questions_of_held_out_texts_are_dropped(data, tmp_path, tiny_tokenizer):
+    _write(
+        tmp_path / "texts.jsonl", [{"title": "Mill", "text": PARAGRAPH}, {"text": PARAGRAPH.replace("mill", "farm")}]
+    )
+    _write(tmp_path / "held.jsonl", [{"text": PARAGRAPH}])
+    source = f"synthetic:{tmp_path / 'texts.jsonl'}"
+    table = Corpora(tmp_path / "cache", tiny_tokenizer, [str(tmp_path / "held.jsonl")]).questions(source)
+    assert len(table.groups) == 1
+    assert "farm" in tiny_tokenizer.decode(table.contexts[0])
+
+
 HELD_OUT = [
     "the   HARBOUR of Whitby lay still — and nobody spoke before the bell rang number 3.\nThen all of them left",
     TEXT.format(3),
@@ -295,7 +428,7 @@ def test_a_preset_in_yaml_is_the_preset(tmp_path):
 COUNTS = ["examples_per_step", "target_tokens", "turns", "documents", "row_places", "log_steps"]
 COUNTS_OR_0 = ["reader_rank", "warmup_steps", "workers", "seed"]
 RATES = ["learning_rate", "converter_rate_factor", "reader_learning_rate", "distillation", "weight_decay", "clip"]
-SHARES = ["distractor_share", "text_share", "decay_share"]
+SHARES = ["distractor_share", "decay_share"]
 BAD_FIELDS = [
     *[(name, value, f"{name} must be a whole number of 1 or more, got") for name in COUNTS for value in (0, 1.5, "8")],
     *[
@@ -342,6 +475,7 @@ BAD_FIELDS = [
     ("text_tokens", [64, 16], "text_tokens must be two whole numbers, 2 <= shortest <= longest"),
     ("slots_per_chunk", 4, "slots_per_chunk must be a list of whole numbers, got 4"),
     ("slots_per_chunk", [0], "slots_per_chunk must be a whole number of 1 or more, got 0"),
+    ("text_share", 1.0, "text_share must be a number from 0 to 0.9, got 1.0"),
     ("rows", [4, 4], "rows must be three whole numbers of 1 or more, for encoder, generator and teacher, got"),
     ("rows", [4, 0, 4], "rows must be three whole numbers"),
     ("precision", "fp8", "precision must be one of bf16, fp32, got 'fp8'"),

@@ -50,7 +50,7 @@ _WHOLE = {  # the least value of each field that counts
 }
 _NUMBERS = {  # the least and the largest value of each field that measures
     "distractor_share": (0.0, 1.0),
-    "text_share": (0.0, 1.0),
+    "text_share": (0.0, 0.9),  # at 1 there would be nothing to compress
     "learning_rate": (0.0, math.inf),
     "converter_rate_factor": (0.0, math.inf),
     "reader_learning_rate": (0.0, math.inf),
