@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 _ROOMS = {
     "BaseGenerator": "answering",
-    "Checkpoint": "checkpoint",
+    "Checkpoint": "models.checkpoint",
     "Compressor": "compressor",
     "Document": "documents",
     "Fidelity": "fidelity",
@@ -31,7 +31,7 @@ _ROOMS = {
     "StoreError": "store",
     "UnknownHandleError": "handles",
     "VLLMGenerator": "vllm",
-    "cache_folder": "embedded",
+    "cache_folder": "models.embedded",
     "escape_handles": "handles",
     "find_handles": "handles",
     "load_documents": "documents",
@@ -81,15 +81,15 @@ __all__ = [
 if TYPE_CHECKING:
     from pic_rag.answering import BaseGenerator, Generation
     from pic_rag.assembler import restore
-    from pic_rag.checkpoint import Checkpoint
     from pic_rag.compressor import Compressor
     from pic_rag.config import PicConfig
     from pic_rag.documents import Document, load_documents
-    from pic_rag.embedded import cache_folder
     from pic_rag.fidelity import Fidelity, FidelityCheck
     from pic_rag.generator import Generator
     from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, unescape_handles
     from pic_rag.memory import Memory, MemoryFormatError
+    from pic_rag.models.checkpoint import Checkpoint
+    from pic_rag.models.embedded import cache_folder
     from pic_rag.rag import PicRag
     from pic_rag.retriever import Retriever
     from pic_rag.shared import shared_checkpoint, shared_compressor, shared_generator, shared_store, unload_shared

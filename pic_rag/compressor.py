@@ -12,9 +12,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pic_rag.backbone import Backbone, load_backbone
 from pic_rag.batching import Batcher, gather
-from pic_rag.checkpoint import Checkpoint
 from pic_rag.chunking import Segment, fold, place_slots, token_segments, token_windows
 from pic_rag.config import RAW_TEXT, PicConfig
 from pic_rag.encoder import PicEncoder
@@ -23,7 +21,9 @@ from pic_rag.generator import Generator
 from pic_rag.handles import make_handle
 from pic_rag.ladder import descend
 from pic_rag.memory import Memory, hash_text
-from pic_rag.models import load_models
+from pic_rag.models.backbone import Backbone, load_backbone
+from pic_rag.models.checkpoint import Checkpoint
+from pic_rag.models.pair import load_models
 from pic_rag.shared import shared_generator
 
 BATCH_SIZE = 8

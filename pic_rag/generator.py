@@ -11,14 +11,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pic_rag.answering import BaseGenerator, by_handle, groups
 from pic_rag.assembler import Prompt
-from pic_rag.backbone import Backbone, load_backbone, model_id, reader_id
 from pic_rag.engine import BATCH_PROMPTS, Engine
 from pic_rag.memory import Memory
+from pic_rag.models.backbone import Backbone, load_backbone, model_id, reader_id
 from pic_rag.prefix import PREFIX_CACHE_BYTES
 from pic_rag.reader import Reader
 
 if TYPE_CHECKING:
-    from pic_rag.checkpoint import Checkpoint
+    from pic_rag.models.checkpoint import Checkpoint
 
 
 class Generator(BaseGenerator):

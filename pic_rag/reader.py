@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, cast
 
 from transformers import PreTrainedModel
 
-from pic_rag.quiet import quiet_loading
+from pic_rag.models.quiet import quiet_loading
 
 if TYPE_CHECKING:
     from peft import LoraModel

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from pic_rag.checkpoint import Checkpoint
     from pic_rag.compressor import Compressor
     from pic_rag.generator import Generator
+    from pic_rag.models.checkpoint import Checkpoint
     from pic_rag.store import SQLiteStore
 
 T = TypeVar("T")
@@ -30,7 +30,7 @@ def shared_checkpoint(name_or_path: str | Path | None = None) -> Checkpoint:
     Args:
         name_or_path: as for `Checkpoint.load`.
     """
-    from pic_rag.checkpoint import Checkpoint
+    from pic_rag.models.checkpoint import Checkpoint
 
     return _share(("checkpoint", _text(name_or_path)), lambda: Checkpoint.load(name_or_path))
 
@@ -74,7 +74,7 @@ def shared_generator(
 
 def shared_store(folder: str | Path | None = None) -> SQLiteStore:
     """The process's SQLite store in a folder; None: pic-rag's cache folder, where `PicRag` keeps memories as well."""
-    from pic_rag.embedded import cache_folder
+    from pic_rag.models.embedded import cache_folder
     from pic_rag.store import STORE_FILE, SQLiteStore
 
     path = Path(folder or cache_folder()) / STORE_FILE

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pic_rag.backbone import load_backbone, model_id
 from pic_rag.compressor import Compressor
 from pic_rag.generator import Generator
+from pic_rag.models.backbone import load_backbone, model_id
 
 
 @pytest.fixture(scope="module")

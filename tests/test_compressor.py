@@ -22,9 +22,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from pic_rag.checkpoint import Checkpoint
 from pic_rag.compressor import Compressor
 from pic_rag.config import PicConfig
+from pic_rag.models.checkpoint import Checkpoint
 
 CONFIG = PicConfig(segment_tokens=64, ratios=(4, 8, 16), lora_rank=4)
 TEXTS = [

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from pic_rag import embedded
-from pic_rag.embedded import EmbeddedModel, EmbeddedModelError, cache_folder, locate
+from pic_rag.models import embedded
+from pic_rag.models.embedded import EmbeddedModel, EmbeddedModelError, cache_folder, locate
 
 CONTENT = {"config.json": b"{}", "sub/weights.bin": bytes(range(256)) * 64}
 PROCESSES = multiprocessing.get_context("spawn")
@@ -296,7 +296,7 @@ def test_uv_serves_where_pip_is_absent(model: EmbeddedModel, installed: Path, mo
 
 
 def test_import_loads_no_torch_and_touches_no_disk(cache: Path) -> None:
-    code = "import pic_rag.embedded, sys; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    code = "import pic_rag.models.embedded, sys; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert not cache.exists()
 

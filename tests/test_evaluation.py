@@ -17,8 +17,6 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torchmetrics.functional.text import squad
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pic_rag.backbone import ModelRef, load_backbone, reader_id
-from pic_rag.checkpoint import Checkpoint
 from pic_rag.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.evaluation.lingua import LinguaError
@@ -29,6 +27,8 @@ from pic_rag.evaluation.shortening import Shortener
 from pic_rag.evaluation.systems import AT_REST_SYSTEMS, LINGUA_SYSTEMS, RATIO_SYSTEMS, SYSTEMS, Systems
 from pic_rag.evaluation.tasks import problem_messages, with_examples
 from pic_rag.handles import find_handles
+from pic_rag.models.backbone import ModelRef, load_backbone, reader_id
+from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import Question, Row, document_text, pick, read_questions
 from pic_rag.training.corpora import read_questions as read_training_questions

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from pic_rag.quiet import quiet_loading
+from pic_rag.models.quiet import quiet_loading
 
 
 @pytest.fixture(scope="module")

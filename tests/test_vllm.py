@@ -30,14 +30,14 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import pic_rag
 from pic_rag.answering import Generation
-from pic_rag.backbone import ModelRef
-from pic_rag.checkpoint import Checkpoint
 from pic_rag.cli import main
 from pic_rag.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.generator import Generator
 from pic_rag.handles import UnknownHandleError
 from pic_rag.memory import Memory, hash_text
+from pic_rag.models.backbone import ModelRef
+from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import read_questions
 from pic_rag.vllm import VLLMGenerator, serve_arguments

@@ -17,13 +17,13 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from pic_rag.answering import Generation
-from pic_rag.backbone import load_backbone
 from pic_rag.compressor import Compressor
 from pic_rag.evaluation.lingua import Lingua, LinguaError
 from pic_rag.evaluation.shortening import Shortener
 from pic_rag.generator import Generator
 from pic_rag.handles import escape_handles
 from pic_rag.memory import AtRest, Memory
+from pic_rag.models.backbone import load_backbone
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import Question
 from pic_rag.reader import Reader

@@ -12,10 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from pic_rag.answering import BaseGenerator, Decoder
 from pic_rag.assembler import Assembled
-from pic_rag.backbone import resolve_dtype
-from pic_rag.checkpoint import Checkpoint
 from pic_rag.completion import Completion
 from pic_rag.engine import end_token_ids
+from pic_rag.models.backbone import resolve_dtype
+from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.sampling import Sampling
 from pic_rag.vllm.offline import OfflineEngine
 from pic_rag.vllm.serve import model_folder, served_names

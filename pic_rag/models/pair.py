@@ -7,8 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pic_rag.backbone import Backbone, ModelRef, load_backbone
-from pic_rag.checkpoint import Checkpoint
+from pic_rag.models.backbone import Backbone, ModelRef, load_backbone
+from pic_rag.models.checkpoint import Checkpoint
 
 
 def load_models(

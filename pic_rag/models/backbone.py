@@ -11,8 +11,8 @@ from typing import Any, NamedTuple, cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pic_rag import embedded
-from pic_rag.quiet import quiet_loading
+from pic_rag.models import embedded
+from pic_rag.models.quiet import quiet_loading
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 ATTN_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")

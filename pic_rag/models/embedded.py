@@ -77,7 +77,7 @@ def compressor_path() -> Path:
     Raises:
         EmbeddedModelError: the installation lacks it.
     """
-    folder = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct"
+    folder = Path(__file__).parents[1] / "checkpoints" / "smollm2-135m-instruct"
     if not folder.is_dir():
         raise EmbeddedModelError(
             f"The trained compressor must be part of the installation, got no folder '{folder}'. Install pic-rag again."

@@ -19,9 +19,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from pic_rag import embedded
-from pic_rag.backbone import ModelRef, reader_id
 from pic_rag.config import PicConfig
+from pic_rag.models import embedded
+from pic_rag.models.backbone import ModelRef, reader_id
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
