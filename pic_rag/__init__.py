@@ -14,7 +14,7 @@ _ROOMS = {
     "BaseGenerator": "answering",
     "Checkpoint": "models.checkpoint",
     "Compressor": "compressor",
-    "Document": "documents",
+    "Document": "retrieval.documents",
     "Fidelity": "fidelity",
     "FidelityCheck": "fidelity",
     "Generation": "answering",
@@ -25,7 +25,7 @@ _ROOMS = {
     "MemoryStore": "store",
     "PicConfig": "config",
     "PicRag": "rag",
-    "Retriever": "retriever",
+    "Retriever": "retrieval.retriever",
     "SQLiteStore": "store",
     "ShardStore": "store",
     "StoreError": "store",
@@ -34,7 +34,7 @@ _ROOMS = {
     "cache_folder": "models.embedded",
     "escape_handles": "handles",
     "find_handles": "handles",
-    "load_documents": "documents",
+    "load_documents": "retrieval.documents",
     "restore": "assembler",
     "shared_checkpoint": "shared",
     "shared_compressor": "shared",
@@ -83,7 +83,6 @@ if TYPE_CHECKING:
     from pic_rag.assembler import restore
     from pic_rag.compressor import Compressor
     from pic_rag.config import PicConfig
-    from pic_rag.documents import Document, load_documents
     from pic_rag.fidelity import Fidelity, FidelityCheck
     from pic_rag.generator import Generator
     from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, unescape_handles
@@ -91,7 +90,8 @@ if TYPE_CHECKING:
     from pic_rag.models.checkpoint import Checkpoint
     from pic_rag.models.embedded import cache_folder
     from pic_rag.rag import PicRag
-    from pic_rag.retriever import Retriever
+    from pic_rag.retrieval.documents import Document, load_documents
+    from pic_rag.retrieval.retriever import Retriever
     from pic_rag.shared import shared_checkpoint, shared_compressor, shared_generator, shared_store, unload_shared
     from pic_rag.store import MemoryCache, MemoryStore, ShardStore, SQLiteStore, StoreError
     from pic_rag.vllm import VLLMGenerator

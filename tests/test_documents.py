@@ -10,7 +10,7 @@ import pytest
 from pypdf import PdfWriter
 from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 
-from pic_rag.documents import Document, DocumentError, load_documents
+from pic_rag.retrieval.documents import Document, DocumentError, load_documents
 
 
 def write_pdf(path: Path, pages: list[str], password: str | None = None) -> None:

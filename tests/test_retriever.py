@@ -11,9 +11,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from pic_rag.documents import Document, load_documents
 from pic_rag.questions import read_rows
-from pic_rag.retriever import Hit, Passage, Retriever, RetrieverError
+from pic_rag.retrieval.documents import Document, load_documents
+from pic_rag.retrieval.retriever import Hit, Passage, Retriever, RetrieverError
 
 DEMO = Path(__file__).parents[1] / "pic_rag" / "demo"
 TEXTS = {

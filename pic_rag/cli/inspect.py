@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 def read(text: str) -> str:
     """The text itself, or what is in the file of that name."""
-    from pic_rag.documents import load_documents
+    from pic_rag.retrieval.documents import load_documents
 
     try:
         is_file = Path(text).is_file()

@@ -22,11 +22,11 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
-from pic_rag.documents import Document
-from pic_rag.index_folder import RetrieverError, damaged, read_file, read_manifest, write_folder
 from pic_rag.models.embedded import retriever_path
 from pic_rag.models.quiet import quiet_loading
-from pic_rag.passages import OVERLAP_CHARACTERS, PASSAGE_CHARACTERS, Passage, PassageSplitter
+from pic_rag.retrieval.documents import Document
+from pic_rag.retrieval.index_folder import RetrieverError, damaged, read_file, read_manifest, write_folder
+from pic_rag.retrieval.passages import OVERLAP_CHARACTERS, PASSAGE_CHARACTERS, Passage, PassageSplitter
 
 PASSAGES_A_STEP = 512
 

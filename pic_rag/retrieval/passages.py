@@ -12,7 +12,7 @@ from typing import Any
 
 from langchain_text_splitters import RecursiveCharacterTextSplitter
 
-from pic_rag.documents import Document
+from pic_rag.retrieval.documents import Document
 
 PASSAGE_CHARACTERS = 1000
 """The most a passage holds: 1,000 characters of English are about the 256 tokens that all-MiniLM-L6-v2 reads."""
