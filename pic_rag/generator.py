@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -13,12 +13,11 @@ from pic_rag.answering import BaseGenerator, by_handle, groups
 from pic_rag.assembler import Prompt
 from pic_rag.engine import BATCH_PROMPTS, Engine
 from pic_rag.memory import Memory
-from pic_rag.models.backbone import Backbone, load_backbone, model_id, reader_id
+from pic_rag.models.backbone import load_backbone, model_id, reader_id
+from pic_rag.models.checkpoint import Checkpoint
+from pic_rag.models.pair import load_generator
 from pic_rag.prefix import PREFIX_CACHE_BYTES
 from pic_rag.reader import Reader
-
-if TYPE_CHECKING:
-    from pic_rag.models.checkpoint import Checkpoint
 
 
 class Generator(BaseGenerator):
@@ -170,28 +169,3 @@ class Generator(BaseGenerator):
             for at, log_probs in zip(group, scored, strict=True):
                 scores[at] = log_probs
         return scores
-
-
-def load_generator(
-    checkpoint: Checkpoint,
-    name_or_path: str | Path | None = None,
-    **loading: Any,  # noqa: ANN401 - load_backbone's arguments
-) -> Backbone:
-    """Load the model that reads a compressor's memories, without its reader.
-
-    Args:
-        checkpoint: of the compressor.
-        name_or_path: where the model is, when it is not where the checkpoint says.
-        **loading: as for `load_backbone`.
-
-    Raises:
-        ValueError: when the model found there is another than the memories are made for.
-    """
-    backbone = load_backbone(name_or_path or checkpoint.generator.name, **loading)
-    digest = checkpoint.generator.id.rpartition("@")[2].partition("+")[0]
-    if backbone.ref.id.rpartition("@")[2] != digest:
-        raise ValueError(
-            f"generator must be {checkpoint.generator.id!r}, which the compressor makes memories for, got "
-            f"{backbone.ref.id!r}. Name the folder or hub id where the right model is."
-        )
-    return backbone

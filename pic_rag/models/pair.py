@@ -34,7 +34,31 @@ def load_models(
             f"The base model must be {checkpoint.base.id!r}, which this compressor was trained on, got "
             f"{base.ref.id!r}. Pass the right folder or hub id as base_model."
         )
-    return base, _load_generator(load, base, checkpoint.generator)
+    return base, _generator_beside(load, base, checkpoint.generator)
+
+
+def load_generator(
+    checkpoint: Checkpoint,
+    name_or_path: str | Path | None = None,
+    **loading: Any,  # noqa: ANN401 - load_backbone's arguments
+) -> Backbone:
+    """Load the model that reads a compressor's memories, without its reader.
+
+    Args:
+        checkpoint: of the compressor.
+        name_or_path: where the model is, when it is not where the checkpoint says.
+        **loading: as for `load_backbone`.
+
+    Raises:
+        ValueError: when the model found there is another than the memories are made for.
+    """
+    backbone = load_backbone(name_or_path or checkpoint.generator.name, **loading)
+    if _digest(backbone.ref.id) != _bare_digest(checkpoint.generator.id):
+        raise ValueError(
+            f"generator must be {checkpoint.generator.id!r}, which the compressor makes memories for, got "
+            f"{backbone.ref.id!r}. Name the folder or hub id where the right model is."
+        )
+    return backbone
 
 
 def _load_base(load: Callable[..., Backbone], name_or_path: str | Path) -> Backbone:
@@ -47,12 +71,11 @@ def _load_base(load: Callable[..., Backbone], name_or_path: str | Path) -> Backb
         ) from error
 
 
-def _load_generator(load: Callable[..., Backbone], base: Backbone, generator: ModelRef) -> Backbone:
-    digest = _digest(generator.id).partition("+")[0]  # without its reader's
-    if digest == _digest(base.ref.id):
+def _generator_beside(load: Callable[..., Backbone], base: Backbone, generator: ModelRef) -> Backbone:
+    if _digest(base.ref.id) == _bare_digest(generator.id):
         return base
     loaded = load(generator.name)
-    if _digest(loaded.ref.id) != digest:
+    if _digest(loaded.ref.id) != _bare_digest(generator.id):
         raise ValueError(
             f"The generator must be {generator.id!r}, which this compressor writes memories for, got "
             f"{loaded.ref.id!r}. Put the right model at {generator.name!r}."
@@ -62,3 +85,8 @@ def _load_generator(load: Callable[..., Backbone], base: Backbone, generator: Mo
 
 def _digest(identity: str) -> str:
     return identity.rpartition("@")[2]
+
+
+def _bare_digest(identity: str) -> str:
+    """That of the model alone, without its reader's."""
+    return _digest(identity).partition("+")[0]

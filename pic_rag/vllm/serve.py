@@ -7,10 +7,10 @@ from typing import Any
 
 from safetensors import safe_open
 
-from pic_rag.generator import load_generator
 from pic_rag.models import embedded
 from pic_rag.models.backbone import EMBEDDED_NAME
 from pic_rag.models.checkpoint import Checkpoint
+from pic_rag.models.pair import load_generator
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those vLLM has kernels for
 
