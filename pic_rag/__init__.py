@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "BaseGenerator": "answering",
+    "BaseGenerator": "generation.answering",
     "Checkpoint": "models.checkpoint",
     "Compressor": "compressor",
     "Document": "retrieval.documents",
     "Fidelity": "fidelity",
     "FidelityCheck": "fidelity",
-    "Generation": "answering",
-    "Generator": "generator",
+    "Generation": "generation.answering",
+    "Generator": "generation.generator",
     "Memory": "memory",
     "MemoryCache": "store",
     "MemoryFormatError": "memory",
@@ -30,7 +30,7 @@ _ROOMS = {
     "ShardStore": "store",
     "StoreError": "store",
     "UnknownHandleError": "handles",
-    "VLLMGenerator": "vllm",
+    "VLLMGenerator": "generation.vllm.generator",
     "cache_folder": "models.embedded",
     "escape_handles": "handles",
     "find_handles": "handles",
@@ -79,12 +79,13 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from pic_rag.answering import BaseGenerator, Generation
     from pic_rag.assembler import restore
     from pic_rag.compressor import Compressor
     from pic_rag.config import PicConfig
     from pic_rag.fidelity import Fidelity, FidelityCheck
-    from pic_rag.generator import Generator
+    from pic_rag.generation.answering import BaseGenerator, Generation
+    from pic_rag.generation.generator import Generator
+    from pic_rag.generation.vllm.generator import VLLMGenerator
     from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, unescape_handles
     from pic_rag.memory import Memory, MemoryFormatError
     from pic_rag.models.checkpoint import Checkpoint
@@ -94,7 +95,6 @@ if TYPE_CHECKING:
     from pic_rag.retrieval.retriever import Retriever
     from pic_rag.shared import shared_checkpoint, shared_compressor, shared_generator, shared_store, unload_shared
     from pic_rag.store import MemoryCache, MemoryStore, ShardStore, SQLiteStore, StoreError
-    from pic_rag.vllm import VLLMGenerator
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute may be anything

@@ -17,7 +17,7 @@ from pic_rag.chunking import Segment, fold, place_slots, token_segments, token_w
 from pic_rag.config import RAW_TEXT, PicConfig
 from pic_rag.encoder import PicEncoder
 from pic_rag.fidelity import FidelityCheck
-from pic_rag.generator import Generator
+from pic_rag.generation.generator import Generator
 from pic_rag.handles import make_handle
 from pic_rag.ladder import descend
 from pic_rag.memory import Memory, hash_text

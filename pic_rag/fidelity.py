@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from pic_rag.chunking import text_windows, tokenize
-from pic_rag.generator import Generator
+from pic_rag.generation.generator import Generator
 from pic_rag.memory import Memory, hash_text
 from pic_rag.prompts import repeat_messages
 

@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from pic_rag.answering import BaseGenerator
 from pic_rag.compressor import Compressor
-from pic_rag.generator import Generator
+from pic_rag.generation.answering import BaseGenerator
+from pic_rag.generation.generator import Generator
 from pic_rag.handles import escape_handles
 from pic_rag.memory import Memory
 from pic_rag.models import embedded

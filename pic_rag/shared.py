@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from pic_rag.compressor import Compressor
-    from pic_rag.generator import Generator
+    from pic_rag.generation.generator import Generator
     from pic_rag.models.checkpoint import Checkpoint
     from pic_rag.store import SQLiteStore
 
@@ -66,7 +66,7 @@ def shared_generator(
     Raises:
         ValueError: when the model found there is another than the memories are made for.
     """
-    from pic_rag.generator import Generator
+    from pic_rag.generation.generator import Generator
 
     key = ("generator", checkpoint.generator, checkpoint.reader, _text(name_or_path), *_given(loading))
     return _share(key, lambda: Generator.from_checkpoint(checkpoint, name_or_path, **loading))

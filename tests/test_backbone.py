@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from pic_rag.compressor import Compressor
-from pic_rag.generator import Generator
+from pic_rag.generation.generator import Generator
 from pic_rag.models.backbone import load_backbone, model_id
 
 

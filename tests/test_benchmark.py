@@ -28,7 +28,7 @@ from pic_rag.config import PicConfig
 from pic_rag.evaluation.lingua import PYTHON_VARIABLE, Lingua, LinguaError
 from pic_rag.evaluation.shortening import Shortener
 from pic_rag.evaluation.systems import Systems
-from pic_rag.generator import Generator
+from pic_rag.generation.generator import Generator
 
 SMALL = Suite(
     contexts=(128, 3000),

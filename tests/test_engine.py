@@ -14,8 +14,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pic_rag.answering import Generation
-from pic_rag.generator import Generator
+from pic_rag.generation.answering import Generation
+from pic_rag.generation.generator import Generator
 from pic_rag.memory import Memory, hash_text
 
 SAMPLED = {"temperature": 1.5, "top_p": 0.95, "seed": 7}

@@ -15,7 +15,7 @@ from pic_rag.config import PicConfig
 from pic_rag.evaluation.fidelity import FidelityReport, evaluate_fidelity
 from pic_rag.evaluation.metrics import auroc
 from pic_rag.fidelity import FidelityCheck
-from pic_rag.generator import Generator
+from pic_rag.generation.generator import Generator
 from pic_rag.memory import Memory
 from pic_rag.prompts import rag_messages, repeat_messages
 from pic_rag.questions import Context, Question

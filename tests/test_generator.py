@@ -19,9 +19,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from pic_rag.answering import Generation
-from pic_rag.completion import Completion, Detokenizer
-from pic_rag.generator import Generator
+from pic_rag.generation.answering import Generation
+from pic_rag.generation.completion import Completion, Detokenizer
+from pic_rag.generation.generator import Generator
 from pic_rag.handles import UnknownHandleError
 from pic_rag.memory import Memory, hash_text
 
@@ -397,7 +397,7 @@ def test_a_reader_must_be_a_lora_that_fits(
 
 
 def test_peft_is_loaded_only_with_a_reader() -> None:
-    code = "import sys, pic_rag.generator; sys.exit('peft' in sys.modules)"
+    code = "import sys, pic_rag.generation.generator; sys.exit('peft' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -23,11 +23,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from pic_rag.answering import Generation
 from pic_rag.assembler import Assembled
-from pic_rag.generator import Generator
+from pic_rag.generation.answering import Generation
+from pic_rag.generation.generator import Generator
+from pic_rag.generation.prefix import PrefixCache, cut_blocks, join, supports_reuse
 from pic_rag.memory import Memory, hash_text
-from pic_rag.prefix import PrefixCache, cut_blocks, join, supports_reuse
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4,

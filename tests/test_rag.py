@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from pic_rag.compressor import Compressor
 from pic_rag.config import PicConfig
-from pic_rag.generator import Generator
+from pic_rag.generation.generator import Generator
 from pic_rag.rag import PicRag
 from pic_rag.retrieval.documents import Document
 from pic_rag.retrieval.retriever import Retriever

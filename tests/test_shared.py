@@ -12,7 +12,7 @@ from conftest import make_tiny_model
 
 from pic_rag.compressor import Compressor
 from pic_rag.config import PicConfig
-from pic_rag.generator import Generator
+from pic_rag.generation.generator import Generator
 from pic_rag.shared import (
     shared_checkpoint,
     shared_compressor,

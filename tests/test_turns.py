@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 
-from pic_rag.turns import Turns
+from pic_rag.generation.turns import Turns
 
 
 class Job:

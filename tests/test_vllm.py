@@ -29,20 +29,20 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import pic_rag
-from pic_rag.answering import Generation
 from pic_rag.cli import main
 from pic_rag.compressor import Compressor
 from pic_rag.config import PicConfig
-from pic_rag.generator import Generator
+from pic_rag.generation.answering import Generation
+from pic_rag.generation.generator import Generator
+from pic_rag.generation.vllm.generator import VLLMGenerator
+from pic_rag.generation.vllm.serve import serve_arguments, served_names
+from pic_rag.generation.vllm.wire import PASS_THROUGH, encode_rows
 from pic_rag.handles import UnknownHandleError
 from pic_rag.memory import Memory, hash_text
 from pic_rag.models.backbone import ModelRef
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import read_questions
-from pic_rag.vllm import VLLMGenerator, serve_arguments
-from pic_rag.vllm.serve import served_names
-from pic_rag.vllm.wire import PASS_THROUGH, encode_rows
 
 pytest.importorskip("openai")
 

@@ -95,7 +95,7 @@ def _run_floors(
 ) -> int:
     """The same for single and mixed ratios."""
     from pic_rag.evaluation.fidelity import evaluate_fidelity
-    from pic_rag.generator import Generator
+    from pic_rag.generation.generator import Generator
 
     report = evaluate_fidelity(
         questions,

@@ -15,9 +15,9 @@ from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pic_rag.assembler import Assembled
-from pic_rag.completion import Completion
-from pic_rag.sampling import Sampling
-from pic_rag.vllm.wire import chat_request, check_prompt
+from pic_rag.generation.completion import Completion
+from pic_rag.generation.sampling import Sampling
+from pic_rag.generation.vllm.wire import chat_request, check_prompt
 
 if TYPE_CHECKING:
     import openai

@@ -24,11 +24,11 @@ from transformers import (
 )
 
 from pic_rag.assembler import Assembled
-from pic_rag.completion import Completion
-from pic_rag.prefix import PREFIX_CACHE_BYTES, PrefixCache, join, supports_reuse
-from pic_rag.reader import Reader
-from pic_rag.sampling import Sampling
-from pic_rag.turns import Turns
+from pic_rag.generation.completion import Completion
+from pic_rag.generation.prefix import PREFIX_CACHE_BYTES, PrefixCache, join, supports_reuse
+from pic_rag.generation.reader import Reader
+from pic_rag.generation.sampling import Sampling
+from pic_rag.generation.turns import Turns
 
 BATCH_PROMPTS = 8
 """Prompts that are decoded together by default."""

@@ -1,4 +1,4 @@
-"""The generator in process: a transformers model and its reader, behind the answers of `pic_rag.answering`."""
+"""The generator in process: a transformers model and its reader, behind the answers of `answering`."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pic_rag.answering import BaseGenerator, by_handle, groups
 from pic_rag.assembler import Prompt
-from pic_rag.engine import BATCH_PROMPTS, Engine
+from pic_rag.generation.answering import BaseGenerator, by_handle, groups
+from pic_rag.generation.engine import BATCH_PROMPTS, Engine
+from pic_rag.generation.prefix import PREFIX_CACHE_BYTES
+from pic_rag.generation.reader import Reader
 from pic_rag.memory import Memory
 from pic_rag.models.backbone import load_backbone, model_id, reader_id
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.models.pair import load_generator
-from pic_rag.prefix import PREFIX_CACHE_BYTES
-from pic_rag.reader import Reader
 
 
 class Generator(BaseGenerator):

@@ -1,7 +1,7 @@
 """Answers: prompts with handles in, answers out, whole or as a stream, whoever runs the model.
 
 This room knows handles, checks, batches, streams and usage. It does not know how a model is run: that is the decoder,
-`pic_rag.engine` in process or `pic_rag.vllm` elsewhere.
+`engine` in process or one in `vllm/` elsewhere.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any, Protocol, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pic_rag.assembler import Assembled, Assembler, Prompt
-from pic_rag.completion import Completion, FinishReason
+from pic_rag.generation.completion import Completion, FinishReason
+from pic_rag.generation.sampling import Sampling
 from pic_rag.memory import Memory
-from pic_rag.sampling import Sampling
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Generation:
 
 
 class Decoder(Protocol):
-    """What runs a model for a generator: in process (`pic_rag.engine`) or elsewhere (`pic_rag.vllm`)."""
+    """What runs a model for a generator: in process (`engine`) or elsewhere (`vllm/`)."""
 
     end_token_ids: frozenset[int]
     batch_size: int

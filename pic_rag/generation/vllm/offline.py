@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pic_rag.assembler import MEMORY_ROW, Assembled
-from pic_rag.completion import Completion
-from pic_rag.sampling import Sampling
-from pic_rag.vllm.wire import sampling_settings
+from pic_rag.generation.completion import Completion
+from pic_rag.generation.sampling import Sampling
+from pic_rag.generation.vllm.wire import sampling_settings
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -130,7 +130,7 @@ def _load(folder: str, reader: Path | None, settings: dict[str, Any]) -> LLM:
         from vllm import LLM
     except ImportError as error:
         raise ImportError("vLLM must be installed to run in this process, see https://docs.vllm.ai.") from error
-    from pic_rag.vllm.serve import reader_settings
+    from pic_rag.generation.vllm.serve import reader_settings
 
     return LLM(model=folder, enable_prompt_embeds=True, **{**reader_settings(reader), **settings})
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from pic_rag.assembler import MEMORY_ROW, Assembled
+from pic_rag.generation.sampling import Sampling
 from pic_rag.handles import split_handles
-from pic_rag.sampling import Sampling
 
 PASS_THROUGH = (
     "{% for message in messages %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"

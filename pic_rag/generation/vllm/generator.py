@@ -10,16 +10,16 @@ from typing import Any, Protocol
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from pic_rag.answering import BaseGenerator, Decoder
 from pic_rag.assembler import Assembled
-from pic_rag.completion import Completion
-from pic_rag.engine import end_token_ids
+from pic_rag.generation.answering import BaseGenerator, Decoder
+from pic_rag.generation.completion import Completion
+from pic_rag.generation.engine import end_token_ids
+from pic_rag.generation.sampling import Sampling
+from pic_rag.generation.vllm.offline import OfflineEngine
+from pic_rag.generation.vllm.serve import model_folder, served_names
+from pic_rag.generation.vllm.server import ServerEngine
 from pic_rag.models.backbone import resolve_dtype
 from pic_rag.models.checkpoint import Checkpoint
-from pic_rag.sampling import Sampling
-from pic_rag.vllm.offline import OfflineEngine
-from pic_rag.vllm.serve import model_folder, served_names
-from pic_rag.vllm.server import ServerEngine
 
 
 class VLLMDecoder(Decoder, Protocol):
