@@ -13,10 +13,10 @@ __version__ = "0.1.0"
 _ROOMS = {
     "BaseGenerator": "generation.answering",
     "Checkpoint": "models.checkpoint",
-    "Compressor": "compressor",
+    "Compressor": "compression.compressor",
     "Document": "retrieval.documents",
-    "Fidelity": "fidelity",
-    "FidelityCheck": "fidelity",
+    "Fidelity": "compression.fidelity",
+    "FidelityCheck": "compression.fidelity",
     "Generation": "generation.answering",
     "Generator": "generation.generator",
     "Memory": "memory",
@@ -80,9 +80,9 @@ __all__ = [
 
 if TYPE_CHECKING:
     from pic_rag.assembler import restore
-    from pic_rag.compressor import Compressor
+    from pic_rag.compression.compressor import Compressor
+    from pic_rag.compression.fidelity import Fidelity, FidelityCheck
     from pic_rag.config import PicConfig
-    from pic_rag.fidelity import Fidelity, FidelityCheck
     from pic_rag.generation.answering import BaseGenerator, Generation
     from pic_rag.generation.generator import Generator
     from pic_rag.generation.vllm.generator import VLLMGenerator

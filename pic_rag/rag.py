@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.generation.answering import BaseGenerator
 from pic_rag.generation.generator import Generator
 from pic_rag.handles import escape_handles

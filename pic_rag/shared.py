@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
-    from pic_rag.compressor import Compressor
+    from pic_rag.compression.compressor import Compressor
     from pic_rag.generation.generator import Generator
     from pic_rag.models.checkpoint import Checkpoint
     from pic_rag.store import SQLiteStore
@@ -45,7 +45,7 @@ def shared_compressor(
         name_or_path: as for `Compressor.from_pretrained`.
         **loading: likewise.
     """
-    from pic_rag.compressor import Compressor
+    from pic_rag.compression.compressor import Compressor
 
     key = ("compressor", _text(name_or_path), *_given(loading))
     return _share(key, lambda: Compressor.from_pretrained(name_or_path, **loading))

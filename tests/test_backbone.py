@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.generation.generator import Generator
 from pic_rag.models.backbone import load_backbone, model_id
 

@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from pic_rag.batching import narrow_rows
-from pic_rag.compressor import Compressor
+from pic_rag.compression.batching import narrow_rows
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 
 
@@ -134,7 +134,7 @@ import logging, resource, sys
 import torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 
 class Count(logging.Handler):
@@ -142,7 +142,7 @@ class Count(logging.Handler):
     def emit(self, record):
         self.messages.append(record.getMessage())
 
-logging.getLogger("pic_rag.batching").addHandler(Count())
+logging.getLogger("pic_rag.compression.batching").addHandler(Count())
 model, tokenizer = AutoModelForCausalLM.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
 compressor = Compressor.from_base(model, tokenizer, PicConfig(segment_tokens=64, ratios=(4,), lora_rank=0))
 torch.nn.init.normal_(compressor.encoder.converter.down.weight, std=0.1)

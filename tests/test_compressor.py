@@ -22,7 +22,7 @@ from transformers import (
     Qwen3Config,
 )
 
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.models.checkpoint import Checkpoint
 
@@ -359,7 +359,7 @@ def test_a_base_model_that_has_moved_is_named_with_the_way_out(trained_folder, t
 MEASURE = """
 import sys
 from pathlib import Path
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 compressor = Compressor.from_pretrained(sys.argv[1], device="cpu", dtype="float32")
 def peak(copies, rows):
     Path("/proc/self/clear_refs").write_text("5")  # forget the highest use so far

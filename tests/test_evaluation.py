@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from torchmetrics.functional.text import squad
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.evaluation.lingua import LinguaError
 from pic_rag.evaluation.metrics import agreement, f1

@@ -10,11 +10,11 @@ import torch
 from conftest import make_tiny_model
 from peft import LoraConfig, get_peft_model
 
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
+from pic_rag.compression.fidelity import FidelityCheck
 from pic_rag.config import PicConfig
 from pic_rag.evaluation.fidelity import FidelityReport, evaluate_fidelity
 from pic_rag.evaluation.metrics import auroc
-from pic_rag.fidelity import FidelityCheck
 from pic_rag.generation.generator import Generator
 from pic_rag.memory import Memory
 from pic_rag.prompts import rag_messages, repeat_messages

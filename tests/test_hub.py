@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 
 

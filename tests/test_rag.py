@@ -13,7 +13,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.generation.generator import Generator
 from pic_rag.rag import PicRag

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import make_tiny_model
 
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.generation.generator import Generator
 from pic_rag.shared import (

@@ -16,7 +16,7 @@ import yaml
 from accelerate import Accelerator
 
 import pic_rag.training
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.training.config import Stage, TrainConfig
 from pic_rag.training.corpora import content_hash, held_out_hashes, keep_training, read_questions, read_texts

@@ -30,7 +30,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 import pic_rag
 from pic_rag.cli import main
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.generation.answering import Generation
 from pic_rag.generation.generator import Generator

@@ -19,7 +19,7 @@ from pic_rag.cli.options import (
 from pic_rag.evaluation.report import DEFAULT_COLUMNS, report_table
 
 if TYPE_CHECKING:
-    from pic_rag.compressor import Compressor
+    from pic_rag.compression.compressor import Compressor
     from pic_rag.questions import Question
 
 

@@ -10,7 +10,7 @@ from pic_rag.cli.options import Commands, add_command, add_model_options, add_ra
 from pic_rag.config import PRESETS, PicConfig
 
 if TYPE_CHECKING:
-    from pic_rag.compressor import Compressor
+    from pic_rag.compression.compressor import Compressor
 _RENDERED_PLACES = 64  # wider text than that does not fit a terminal
 _EXAMPLE_CHUNKS = 2
 

@@ -18,7 +18,7 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
 from pic_rag import __version__
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.evaluation.metrics import agreement, contains_answer, f1
 from pic_rag.evaluation.systems import RATIO_SYSTEMS, Shown, Systems
 from pic_rag.evaluation.tasks import TASKS, Task

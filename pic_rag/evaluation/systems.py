@@ -16,7 +16,7 @@ from typing import Any, cast
 import torch
 from sentence_transformers import SentenceTransformer
 
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.evaluation.lingua import Lingua, LinguaError
 from pic_rag.evaluation.shortening import Shortener
 from pic_rag.generation.answering import Generation

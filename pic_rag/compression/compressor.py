@@ -12,14 +12,14 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pic_rag.batching import Batcher, gather
 from pic_rag.chunking import Segment, fold, place_slots, token_segments, token_windows
+from pic_rag.compression.batching import Batcher, gather
+from pic_rag.compression.fidelity import FidelityCheck
+from pic_rag.compression.ladder import descend
 from pic_rag.config import RAW_TEXT, PicConfig
 from pic_rag.encoder import PicEncoder
-from pic_rag.fidelity import FidelityCheck
 from pic_rag.generation.generator import Generator
 from pic_rag.handles import make_handle
-from pic_rag.ladder import descend
 from pic_rag.memory import Memory, hash_text
 from pic_rag.models.backbone import Backbone, load_backbone
 from pic_rag.models.checkpoint import Checkpoint
@@ -207,7 +207,7 @@ class Compressor:
             batch_size: encoder rows computed at once.
             progress: True shows a bar, False none; None shows one on a terminal once it takes over a second.
             min_fidelity: 0 to 1. Each text gets the highest ratio whose memory is that faithful, as the generator finds
-                (`pic_rag.fidelity`), else raw text: a memory of ratio 1 that holds its token embeddings.
+                (`pic_rag.compression.fidelity`), else raw text: a memory of ratio 1 that holds its token embeddings.
             generator: the one that checks, for `min_fidelity`; None: `shared_generator(compressor.checkpoint)`, which
                 is loaded unless something in this process shares it already.
 
