@@ -36,12 +36,12 @@ _ROOMS = {
     "find_handles": "handles",
     "load_documents": "retrieval.documents",
     "restore": "assembler",
-    "shared_checkpoint": "shared",
-    "shared_compressor": "shared",
-    "shared_generator": "shared",
-    "shared_store": "shared",
+    "shared_checkpoint": "models.checkpoint",
+    "shared_compressor": "compression.compressor",
+    "shared_generator": "generation.generator",
+    "shared_store": "store",
     "unescape_handles": "handles",
-    "unload_shared": "shared",
+    "unload_shared": "models.sharing",
 }
 
 __all__ = [
@@ -80,21 +80,21 @@ __all__ = [
 
 if TYPE_CHECKING:
     from pic_rag.assembler import restore
-    from pic_rag.compression.compressor import Compressor
+    from pic_rag.compression.compressor import Compressor, shared_compressor
     from pic_rag.compression.fidelity import Fidelity, FidelityCheck
     from pic_rag.config import PicConfig
     from pic_rag.generation.answering import BaseGenerator, Generation
-    from pic_rag.generation.generator import Generator
+    from pic_rag.generation.generator import Generator, shared_generator
     from pic_rag.generation.vllm.generator import VLLMGenerator
     from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, unescape_handles
     from pic_rag.memory import Memory, MemoryFormatError
-    from pic_rag.models.checkpoint import Checkpoint
+    from pic_rag.models.checkpoint import Checkpoint, shared_checkpoint
     from pic_rag.models.embedded import cache_folder
+    from pic_rag.models.sharing import unload_shared
     from pic_rag.rag import PicRag
     from pic_rag.retrieval.documents import Document, load_documents
     from pic_rag.retrieval.retriever import Retriever
-    from pic_rag.shared import shared_checkpoint, shared_compressor, shared_generator, shared_store, unload_shared
-    from pic_rag.store import MemoryCache, MemoryStore, ShardStore, SQLiteStore, StoreError
+    from pic_rag.store import MemoryCache, MemoryStore, ShardStore, SQLiteStore, StoreError, shared_store
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute may be anything

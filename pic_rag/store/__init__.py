@@ -10,21 +10,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pic_rag.store.cache import MemoryCache
+    from pic_rag.store.default import STORE_FILE, shared_store
     from pic_rag.store.protocol import MemoryStore, StoreError
     from pic_rag.store.shards import ShardStore
     from pic_rag.store.sqlite import SQLiteStore
 
-STORE_FILE = "memories.sqlite"
-"""Name of the default store, in the cache folder or in an index."""
-
-__all__ = ["STORE_FILE", "MemoryCache", "MemoryStore", "SQLiteStore", "ShardStore", "StoreError"]
+__all__ = ["STORE_FILE", "MemoryCache", "MemoryStore", "SQLiteStore", "ShardStore", "StoreError", "shared_store"]
 
 _HOMES = {
+    "STORE_FILE": "default",
     "MemoryCache": "cache",
     "MemoryStore": "protocol",
     "SQLiteStore": "sqlite",
     "ShardStore": "shards",
     "StoreError": "protocol",
+    "shared_store": "default",
 }
 
 
