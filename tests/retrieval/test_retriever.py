@@ -15,7 +15,7 @@ from pic_rag.questions import read_rows
 from pic_rag.retrieval.documents import Document, load_documents
 from pic_rag.retrieval.retriever import Hit, Passage, Retriever, RetrieverError
 
-DEMO = Path(__file__).parents[1] / "pic_rag" / "demo"
+DEMO = Path(__file__).parents[2] / "pic_rag" / "demo"
 TEXTS = {
     "frogs.md": "Glass frogs hide their red blood in the liver while they sleep.",
     "trams.md": "The night tram connects the hospital with the port.",

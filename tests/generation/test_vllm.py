@@ -1,8 +1,8 @@
 """The generator on a vLLM server: what is sent, what is read back, and what happens when the server fails.
 
 Failures come from a real HTTP server in a thread that is told what to answer. That answers are those of the model in
-process is shown on a real vLLM server, by the tests marked `vllm`: `pytest -m vllm tests/test_vllm.py` starts one with
-`.ci/vllm-server $PIC_RAG_VLLM_VENV`, or uses `$PIC_RAG_VLLM_URL`, which must compute in float32.
+process is shown on a real vLLM server, by the tests marked `vllm`: `pytest -m vllm tests/generation/test_vllm.py`
+starts one with `.ci/vllm-server $PIC_RAG_VLLM_VENV`, or uses `$PIC_RAG_VLLM_URL`, which must compute in float32.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from pic_rag.questions import read_questions
 
 pytest.importorskip("openai")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 READER = "+00112233445566aa"
 END = "<|im_end|>"
 

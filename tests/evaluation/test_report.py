@@ -11,7 +11,7 @@ from pic_rag.cli import main
 from pic_rag.cli.report import updated
 from pic_rag.evaluation.report import COLUMNS, DEFAULT_COLUMNS, report_table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CARDS = sorted((ROOT / "pic_rag" / "checkpoints").glob("*/README.md"))
 SCORES = {"n": 3, "em": 0.0, "contains_answer": 0.5, "text_tokens_mean": 245.0, "too_long": 1}
 REPORT = {
