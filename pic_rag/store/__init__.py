@@ -1,6 +1,9 @@
-"""The store: the only room that touches disk.
+"""The store: where memories are kept, the only room that writes them to disk.
 
-Names load on first use, so a process that only keeps bytes in SQLite never imports torch.
+`protocol` says what a store is (keys to bytes), `sqlite` and `shards` are two, `default` is the one used when nobody
+says, and `cache` finds memories in any of them by their handles. This room does not know how a memory is made: it
+asks a compressor for those it lacks. Names load on first use, so a process that only keeps bytes in SQLite never
+imports torch.
 """
 
 from __future__ import annotations
