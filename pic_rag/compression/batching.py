@@ -1,6 +1,6 @@
 """Batches: the segments of every thread that compresses, encoded together, and in smaller lots where memory is short.
 
-This room knows segments and the encoder; it knows neither texts nor memories' provenance.
+This file knows segments and the encoder; it knows neither texts nor memories' provenance.
 """
 
 from __future__ import annotations

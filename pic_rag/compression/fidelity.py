@@ -3,7 +3,7 @@
 The generator reads a memory, is asked to repeat the document, and is shown the true words one by one: a token that it
 expects was kept. Numbers, names and dates are lost first and matter most to answers, so they are counted apart.
 
-This room compares memories with texts. It does not know how memories are made or kept.
+This file compares memories with texts. It does not know how memories are made or kept.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Answers: prompts with handles in, answers out, whole or as a stream, whoever runs the model.
 
-This room knows handles, checks, batches, streams and usage. It does not know how a model is run: that is the decoder,
+This file knows handles, checks, batches, streams and usage. It does not know how a model is run: that is the decoder,
 `engine` in process or one in `vllm/` elsewhere.
 """
 

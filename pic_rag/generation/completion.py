@@ -1,6 +1,6 @@
 """One answer as it grows: tokens in, text out, and the moment at which it is finished.
 
-Both `generate` and `stream` read their text here, which is why they cannot differ. This room knows strings and a
+Both `generate` and `stream` read their text here, which is why they cannot differ. This file knows strings and a
 tokenizer's `decode`; it does not know the model.
 """
 

@@ -5,7 +5,7 @@ block is a memory and the text that stands before it; what follows the last memo
 block's keys and values depend on all rows before its own, and so does its name: prompts that begin with the same two
 documents share two blocks, whatever the third is.
 
-This room knows rows, and a cache of transformers. It does not know tokenizers, sampling or threads.
+This file knows rows, and a cache of transformers. It does not know tokenizers, sampling or threads.
 """
 
 from __future__ import annotations

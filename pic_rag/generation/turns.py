@@ -1,6 +1,6 @@
 """Turns: many threads, one runner. Who is next runs for all who wait and may be run together with it.
 
-There is no thread of its own: a lone caller runs in its own thread, as if there were no queue. This room knows threads;
+There is no thread of its own: a lone caller runs in its own thread, as if there were no queue. This file knows threads;
 it does not know what is run.
 """
 

@@ -1,7 +1,7 @@
 """A vLLM server as an engine: every prompt is one request, all of them at once, retried until the server answers.
 
 Requests run in an event loop of their own, so that threads and coroutines of the caller share one pool of connections.
-Retries, back-off, `Retry-After`, timeouts and event streams are the openai client's. This room does not know handles.
+Retries, back-off, `Retry-After`, timeouts and event streams are the openai client's. This file does not know handles.
 """
 
 from __future__ import annotations
