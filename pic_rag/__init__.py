@@ -36,9 +36,9 @@ _ROOMS = {
     "find_handles": "handles",
     "load_documents": "retrieval.documents",
     "restore": "assembler",
-    "shared_checkpoint": "models.checkpoint",
-    "shared_compressor": "compression.compressor",
-    "shared_generator": "generation.generator",
+    "shared_checkpoint": "models.sharing",
+    "shared_compressor": "compression.sharing",
+    "shared_generator": "generation.sharing",
     "shared_store": "store",
     "unescape_handles": "handles",
     "unload_shared": "models.sharing",
@@ -80,17 +80,19 @@ __all__ = [
 
 if TYPE_CHECKING:
     from pic_rag.assembler import restore
-    from pic_rag.compression.compressor import Compressor, shared_compressor
+    from pic_rag.compression.compressor import Compressor
     from pic_rag.compression.fidelity import Fidelity, FidelityCheck
+    from pic_rag.compression.sharing import shared_compressor
     from pic_rag.config import PicConfig
     from pic_rag.generation.answering import BaseGenerator, Generation
-    from pic_rag.generation.generator import Generator, shared_generator
+    from pic_rag.generation.generator import Generator
+    from pic_rag.generation.sharing import shared_generator
     from pic_rag.generation.vllm.generator import VLLMGenerator
     from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, unescape_handles
     from pic_rag.memory import Memory, MemoryFormatError
-    from pic_rag.models.checkpoint import Checkpoint, shared_checkpoint
+    from pic_rag.models.checkpoint import Checkpoint
     from pic_rag.models.embedded import cache_folder
-    from pic_rag.models.sharing import unload_shared
+    from pic_rag.models.sharing import shared_checkpoint, unload_shared
     from pic_rag.rag import PicRag
     from pic_rag.retrieval.documents import Document, load_documents
     from pic_rag.retrieval.retriever import Retriever

@@ -18,13 +18,13 @@ from pic_rag.compression.fidelity import FidelityCheck
 from pic_rag.compression.ladder import descend
 from pic_rag.config import RAW_TEXT, PicConfig
 from pic_rag.encoder import PicEncoder
-from pic_rag.generation.generator import Generator, shared_generator
+from pic_rag.generation.generator import Generator
+from pic_rag.generation.sharing import shared_generator
 from pic_rag.handles import make_handle
 from pic_rag.memory import Memory, hash_text
 from pic_rag.models.backbone import Backbone, load_backbone
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.models.pair import load_models
-from pic_rag.models.sharing import loading_key, share
 
 BATCH_SIZE = 8
 """Rows encoded at once; a row holds one full segment or several short ones."""
@@ -300,20 +300,6 @@ class Compressor:
     @property
     def _embedding_weight(self) -> torch.Tensor:
         return self.encoder.token_embedding_weight
-
-
-def shared_compressor(
-    name_or_path: str | Path | None = None,
-    **loading: Any,  # noqa: ANN401 - from_pretrained's arguments
-) -> Compressor:
-    """The process's compressor of that name and loading; loaded by the first who asks. Thread safe.
-
-    Args:
-        name_or_path: as for `Compressor.from_pretrained`.
-        **loading: likewise.
-    """
-    key = ("compressor", loading_key(name_or_path, loading))
-    return share(key, lambda: Compressor.from_pretrained(name_or_path, **loading))
 
 
 def _check_texts(texts: Iterable[str]) -> list[str]:

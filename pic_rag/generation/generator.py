@@ -18,7 +18,6 @@ from pic_rag.memory import Memory
 from pic_rag.models.backbone import load_backbone, model_id, reader_id
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.models.pair import load_generator
-from pic_rag.models.sharing import loading_key, share
 
 
 class Generator(BaseGenerator):
@@ -170,22 +169,3 @@ class Generator(BaseGenerator):
             for at, log_probs in zip(group, scored, strict=True):
                 scores[at] = log_probs
         return scores
-
-
-def shared_generator(
-    checkpoint: Checkpoint,
-    name_or_path: str | Path | None = None,
-    **loading: Any,  # noqa: ANN401 - from_checkpoint's arguments
-) -> Generator:
-    """The process's generator that reads a compressor's memories; loaded by the first who asks. Thread safe.
-
-    Args:
-        checkpoint: the compressor's: `shared_checkpoint(name)`, or `compressor.checkpoint`.
-        name_or_path: where the generator is, when it is not where the checkpoint says.
-        **loading: as for `Generator.from_checkpoint`.
-
-    Raises:
-        ValueError: when the model found there is another than the memories are made for.
-    """
-    key = ("generator", checkpoint.generator, checkpoint.reader, loading_key(name_or_path, loading))
-    return share(key, lambda: Generator.from_checkpoint(checkpoint, name_or_path, **loading))

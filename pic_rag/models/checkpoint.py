@@ -22,7 +22,6 @@ from safetensors.torch import load_file, save
 from pic_rag.config import PicConfig
 from pic_rag.models import embedded
 from pic_rag.models.backbone import ModelRef, reader_id
-from pic_rag.models.sharing import loading_key, share
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -103,15 +102,6 @@ class Checkpoint:
                 os.replace(Path(staging, READER_FOLDER), target / READER_FOLDER)
             os.replace(weights, target / WEIGHTS_FILE)
             os.replace(config, target / CONFIG_FILE)
-
-
-def shared_checkpoint(name_or_path: str | Path | None = None) -> Checkpoint:
-    """The process's checkpoint of that name: what a compressor is on disk, read without loading models. Thread safe.
-
-    Args:
-        name_or_path: as for `Checkpoint.load`.
-    """
-    return share(("checkpoint", loading_key(name_or_path, {})), lambda: Checkpoint.load(name_or_path))
 
 
 def _find_folder(name_or_path: str | Path | None) -> Path:

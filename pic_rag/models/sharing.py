@@ -1,8 +1,7 @@
 """One loaded model for all who ask for the same one: components of an application share it instead of loading it again.
 
-What is shared stays until `unload_shared` or the end of the process. This file keeps what others build and does not
-know what that is: `shared_compressor`, `shared_generator` and the like stand beside what they share. Standard library
-only.
+What is shared stays until `unload_shared` or the end of the process. This file keeps what others build; compressors,
+generators and stores are shared by files of their own rooms. Importing it loads the standard library only.
 """
 
 from __future__ import annotations
@@ -10,7 +9,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from pic_rag.models.checkpoint import Checkpoint
 
 T = TypeVar("T")
 
@@ -44,3 +46,14 @@ def unload_shared() -> None:
     """Forget all that is shared; a model that nobody else holds is freed."""
     with _guard:
         _values.clear()
+
+
+def shared_checkpoint(name_or_path: str | Path | None = None) -> Checkpoint:
+    """The process's checkpoint of that name: what a compressor is on disk, read without loading models. Thread safe.
+
+    Args:
+        name_or_path: as for `Checkpoint.load`.
+    """
+    from pic_rag.models.checkpoint import Checkpoint
+
+    return share(("checkpoint", loading_key(name_or_path, {})), lambda: Checkpoint.load(name_or_path))

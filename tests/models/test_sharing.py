@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from conftest import make_tiny_model
 
-from pic_rag.compression.compressor import Compressor, shared_compressor
+from pic_rag.compression.compressor import Compressor
+from pic_rag.compression.sharing import shared_compressor
 from pic_rag.config import PicConfig
-from pic_rag.generation.generator import Generator, shared_generator
-from pic_rag.models.checkpoint import shared_checkpoint
-from pic_rag.models.sharing import unload_shared
+from pic_rag.generation.generator import Generator
+from pic_rag.generation.sharing import shared_generator
+from pic_rag.models.sharing import shared_checkpoint, unload_shared
 from pic_rag.store import shared_store
 
 LOADING = {"device": "cpu", "dtype": "float32"}
@@ -42,8 +43,9 @@ def _nothing_shared():
     unload_shared()
 
 
-def test_importing_it_loads_no_torch():
-    code = "import sys, pic_rag.models.sharing; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+def test_torch_is_loaded_by_the_first_who_asks_not_by_importing_what_to_ask_with():
+    names = "shared_checkpoint, shared_compressor, shared_generator, shared_store, unload_shared"
+    code = f"import sys; from pic_rag import {names}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
