@@ -11,37 +11,37 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _ROOMS = {
-    "BaseGenerator": "answering",
-    "Checkpoint": "checkpoint",
-    "Compressor": "compressor",
-    "Document": "documents",
-    "Fidelity": "fidelity",
-    "FidelityCheck": "fidelity",
-    "Generation": "answering",
-    "Generator": "generator",
+    "BaseGenerator": "generation.answering",
+    "Checkpoint": "models.checkpoint",
+    "Compressor": "compression.compressor",
+    "Document": "retrieval.documents",
+    "Fidelity": "compression.fidelity",
+    "FidelityCheck": "compression.fidelity",
+    "Generation": "generation.answering",
+    "Generator": "generation.generator",
     "Memory": "memory",
     "MemoryCache": "store",
     "MemoryFormatError": "memory",
     "MemoryStore": "store",
     "PicConfig": "config",
     "PicRag": "rag",
-    "Retriever": "retriever",
+    "Retriever": "retrieval.retriever",
     "SQLiteStore": "store",
     "ShardStore": "store",
     "StoreError": "store",
     "UnknownHandleError": "handles",
-    "VLLMGenerator": "vllm",
-    "cache_folder": "embedded",
+    "VLLMGenerator": "generation.vllm.generator",
+    "cache_folder": "models.embedded",
     "escape_handles": "handles",
     "find_handles": "handles",
-    "load_documents": "documents",
+    "load_documents": "retrieval.documents",
     "restore": "assembler",
-    "shared_checkpoint": "shared",
-    "shared_compressor": "shared",
-    "shared_generator": "shared",
-    "shared_store": "shared",
+    "shared_checkpoint": "models.sharing",
+    "shared_compressor": "compression.sharing",
+    "shared_generator": "generation.sharing",
+    "shared_store": "store",
     "unescape_handles": "handles",
-    "unload_shared": "shared",
+    "unload_shared": "models.sharing",
 }
 
 __all__ = [
@@ -79,22 +79,24 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from pic_rag.answering import BaseGenerator, Generation
     from pic_rag.assembler import restore
-    from pic_rag.checkpoint import Checkpoint
-    from pic_rag.compressor import Compressor
+    from pic_rag.compression.compressor import Compressor
+    from pic_rag.compression.fidelity import Fidelity, FidelityCheck
+    from pic_rag.compression.sharing import shared_compressor
     from pic_rag.config import PicConfig
-    from pic_rag.documents import Document, load_documents
-    from pic_rag.embedded import cache_folder
-    from pic_rag.fidelity import Fidelity, FidelityCheck
-    from pic_rag.generator import Generator
+    from pic_rag.generation.answering import BaseGenerator, Generation
+    from pic_rag.generation.generator import Generator
+    from pic_rag.generation.sharing import shared_generator
+    from pic_rag.generation.vllm.generator import VLLMGenerator
     from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, unescape_handles
     from pic_rag.memory import Memory, MemoryFormatError
+    from pic_rag.models.checkpoint import Checkpoint
+    from pic_rag.models.embedded import cache_folder
+    from pic_rag.models.sharing import shared_checkpoint, unload_shared
     from pic_rag.rag import PicRag
-    from pic_rag.retriever import Retriever
-    from pic_rag.shared import shared_checkpoint, shared_compressor, shared_generator, shared_store, unload_shared
-    from pic_rag.store import MemoryCache, MemoryStore, ShardStore, SQLiteStore, StoreError
-    from pic_rag.vllm import VLLMGenerator
+    from pic_rag.retrieval.documents import Document, load_documents
+    from pic_rag.retrieval.retriever import Retriever
+    from pic_rag.store import MemoryCache, MemoryStore, ShardStore, SQLiteStore, StoreError, shared_store
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute may be anything

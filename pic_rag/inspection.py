@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from pic_rag.chunking import Segment, place_slots, token_segments
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.layout import build_layout
 from pic_rag.mask import Places, allowed_pairs

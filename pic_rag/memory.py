@@ -58,7 +58,7 @@ class Memory:
         source: Label of the document for messages, such as its file name; not kept at rest.
         dtype: Compute dtype the compressor made it in, such as ``"bfloat16"``; part of the handle, so it outlives
             quantisation. Defaults to the dtype of the embeddings.
-        fidelity: How much of the text the memory keeps, 0 to 1 (`pic_rag.fidelity`); None where nobody has checked.
+        fidelity: How much of the text the memory keeps, 0 to 1 (`Fidelity.score`); None where nobody has checked.
 
     Raises:
         TypeError: The embeddings are not a floating-point tensor.

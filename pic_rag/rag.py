@@ -12,15 +12,15 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from pic_rag import embedded
-from pic_rag.answering import BaseGenerator
-from pic_rag.compressor import Compressor
-from pic_rag.documents import Document, DocumentError, load_documents
-from pic_rag.generator import Generator
+from pic_rag.compression.compressor import Compressor
+from pic_rag.generation.answering import BaseGenerator
+from pic_rag.generation.generator import Generator
 from pic_rag.handles import escape_handles
 from pic_rag.memory import Memory
+from pic_rag.models import embedded
 from pic_rag.prompts import rag_messages
-from pic_rag.retriever import Hit, Retriever
+from pic_rag.retrieval.documents import Document, DocumentError, load_documents
+from pic_rag.retrieval.retriever import Hit, Retriever
 from pic_rag.store import STORE_FILE, MemoryCache, MemoryStore, SQLiteStore
 
 Mode = Literal["pic", "text", "none", "truncate"]

@@ -23,12 +23,12 @@ from pic_rag.benchmark.runner import benchmark, plan
 from pic_rag.benchmark.suite import SUITES, SYSTEMS, Suite
 from pic_rag.benchmark.workload import Workload
 from pic_rag.cli import main
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.evaluation.lingua import PYTHON_VARIABLE, Lingua, LinguaError
 from pic_rag.evaluation.shortening import Shortener
 from pic_rag.evaluation.systems import Systems
-from pic_rag.generator import Generator
+from pic_rag.generation.generator import Generator
 
 SMALL = Suite(
     contexts=(128, 3000),

@@ -20,11 +20,11 @@ from pic_rag.bulk.on_ray import plan_workers
 from pic_rag.bulk.run import compress_corpus
 from pic_rag.bulk.worker import Job, Worker
 from pic_rag.cli import main
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
-from pic_rag.documents import Document
 from pic_rag.memory import Memory
-from pic_rag.passages import PassageSplitter
+from pic_rag.retrieval.documents import Document
+from pic_rag.retrieval.passages import PassageSplitter
 from pic_rag.store import MemoryCache, ShardStore, SQLiteStore, StoreError
 
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="the extra 'ray' is not installed")

@@ -20,7 +20,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from pic_rag.cli import ask, main
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.rag import Mode, PicRag
 from pic_rag.store import STORE_FILE, MemoryCache, ShardStore, SQLiteStore

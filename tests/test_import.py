@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pkgutil
 import subprocess
 import sys
 
@@ -36,7 +37,13 @@ def test_importing_pic_rag_loads_no_torch_and_is_quick():
     assert min(float(seconds) for seconds, _ in runs) < 0.1
 
 
-@pytest.mark.parametrize("room", ["config", "handles", "prompts"])
+def test_entering_any_room_loads_nothing_heavy():
+    rooms = [module.name for module in pkgutil.walk_packages(pic_rag.__path__, "pic_rag.") if module.ispkg]
+    assert {"pic_rag.models", "pic_rag.store", "pic_rag.generation.vllm"} <= set(rooms)
+    assert _imported_by(f"import {', '.join(rooms)}") & HEAVY == set()
+
+
+@pytest.mark.parametrize("room", ["config", "handles", "prompts", "questions", "models.sharing"])
 def test_the_light_rooms_import_the_standard_library_only(room):
     own = {name for name in _imported_by(f"import pic_rag.{room}") - _imported_by("pass") if name in HEAVY}
     assert own == set()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.inspection import draw_attention, draw_mask, mask_pattern, render_mask, slot_attention
 

@@ -13,12 +13,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
-from pic_rag.documents import Document
-from pic_rag.generator import Generator
+from pic_rag.generation.generator import Generator
 from pic_rag.rag import PicRag
-from pic_rag.retriever import Retriever
+from pic_rag.retrieval.documents import Document
+from pic_rag.retrieval.retriever import Retriever
 from pic_rag.store import SQLiteStore
 
 DEMO = Path(__file__).parents[1] / "pic_rag" / "demo"

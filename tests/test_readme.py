@@ -32,11 +32,3 @@ def test_the_readme_shows_code_and_the_commands_of_a_fresh_machine() -> None:
     commands = re.findall(r"^```bash\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     assert any("&& pic-rag demo" in command for command in commands)
     assert any("&& pytest" in command for command in commands)
-
-
-def test_every_file_of_the_readmes_map_exists() -> None:
-    table = README.partition("| file of `pic_rag/` |")[2].partition("\n\n")[0]
-    files = [name for name in re.findall(r"`([^`]+)`", table) if name.endswith((".py", "/"))]
-    assert len(files) > 10
-    missing = [name for name in files if not (ROOT / "pic_rag" / name).exists()]
-    assert missing == []

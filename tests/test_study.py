@@ -162,7 +162,7 @@ def test_the_report_needs_no_model(folder) -> None:
 
     script = (
         "import sys; from pic_rag.study.report import write_report; write_report(sys.argv[1]); "
-        "print(sorted({'torch', 'transformers', 'pic_rag.generator'} & set(sys.modules)))"
+        "print(sorted({'torch', 'transformers', 'pic_rag.generation.generator'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -17,7 +17,7 @@ import yaml
 from accelerate import Accelerator
 
 import pic_rag.training
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.questions import read_questions as read_eval_questions
 from pic_rag.training.batch import StepDataset, build_batches

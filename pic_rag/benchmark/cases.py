@@ -13,7 +13,7 @@ import torch
 from pic_rag.benchmark.measure import TokenClock, now, seconds
 from pic_rag.evaluation.lingua import LinguaError
 from pic_rag.evaluation.systems import Shown, Systems
-from pic_rag.generator import Generator
+from pic_rag.generation.generator import Generator
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import Question
 from pic_rag.store import MemoryCache, SQLiteStore

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pic_rag.benchmark.measure import matrix_rate, seconds
 from pic_rag.benchmark.workload import Workload
-from pic_rag.compressor import BATCH_SIZE, Compressor
+from pic_rag.compression.compressor import BATCH_SIZE, Compressor
 from pic_rag.layout import Layout
 
 _MIXED_TOKENS = (37, 61, 128, 190, 350, 511, 700, 1500)  # documents of a corpus of mixed lengths

@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from pic_rag import __version__
-from pic_rag.engine import end_token_ids
-from pic_rag.generator import Generator
+from pic_rag.generation.engine import end_token_ids
+from pic_rag.generation.generator import Generator
 
 
 def now(device: torch.device) -> float:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pic_rag.documents import Document, DocumentError, find_documents, load_document
-from pic_rag.passages import PassageSplitter
+from pic_rag.retrieval.documents import Document, DocumentError, find_documents, load_document
+from pic_rag.retrieval.passages import PassageSplitter
 
 Status = Literal["pending", "compressed", "known", "repeated", "refused"]
 

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from pic_rag.bulk.corpus import Corpus, Item, Status
 from pic_rag.bulk.engines import Engine, start
 from pic_rag.bulk.worker import Job
-from pic_rag.checkpoint import Checkpoint
+from pic_rag.models.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from pic_rag.bulk.corpus import Item
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.memory import AtRest, Memory, MemoryFormatError
 from pic_rag.store import MemoryCache, MemoryStore
 

@@ -19,7 +19,7 @@ from pic_rag.cli.options import (
 from pic_rag.evaluation.report import DEFAULT_COLUMNS, report_table
 
 if TYPE_CHECKING:
-    from pic_rag.compressor import Compressor
+    from pic_rag.compression.compressor import Compressor
     from pic_rag.questions import Question
 
 
@@ -95,7 +95,7 @@ def _run_floors(
 ) -> int:
     """The same for single and mixed ratios."""
     from pic_rag.evaluation.fidelity import evaluate_fidelity
-    from pic_rag.generator import Generator
+    from pic_rag.generation.generator import Generator
 
     report = evaluate_fidelity(
         questions,

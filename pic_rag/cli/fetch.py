@@ -21,7 +21,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Fetch both."""
-    from pic_rag import embedded
+    from pic_rag.models import embedded
 
     print(f"generator: {embedded.generator_path(progress=progress(args))}", flush=True)
     print(f"retriever: {embedded.retriever_path(progress=progress(args))}")

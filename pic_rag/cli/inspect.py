@@ -10,7 +10,7 @@ from pic_rag.cli.options import Commands, add_command, add_model_options, add_ra
 from pic_rag.config import PRESETS, PicConfig
 
 if TYPE_CHECKING:
-    from pic_rag.compressor import Compressor
+    from pic_rag.compression.compressor import Compressor
 _RENDERED_PLACES = 64  # wider text than that does not fit a terminal
 _EXAMPLE_CHUNKS = 2
 
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 def read(text: str) -> str:
     """The text itself, or what is in the file of that name."""
-    from pic_rag.documents import load_documents
+    from pic_rag.retrieval.documents import load_documents
 
     try:
         is_file = Path(text).is_file()

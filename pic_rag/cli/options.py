@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pic_rag.cli.console import calm_libraries, status
 
 if TYPE_CHECKING:
-    from pic_rag.compressor import Compressor
+    from pic_rag.compression.compressor import Compressor
 
 Commands = Any  # argparse names the type of add_subparsers() with an underscore
 
@@ -90,7 +90,7 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
 def load_compressor(args: argparse.Namespace, **options: str) -> Compressor:
     """The compressor of the model options."""
     with status("Loading the compressor", quiet=args.quiet):
-        from pic_rag.compressor import Compressor
+        from pic_rag.compression.compressor import Compressor
 
         calm_libraries(bars=show_bars(args))
         return Compressor.from_pretrained(

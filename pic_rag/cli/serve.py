@@ -32,7 +32,7 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Become the server, or say how to start it."""
     with status("Checking the generator", quiet=args.quiet):
-        from pic_rag.vllm import serve_arguments
+        from pic_rag.generation.vllm.serve import serve_arguments
 
         calm_libraries(bars=show_bars(args))
         arguments = [*serve_arguments(args.compressor, args.generator), *args.vllm]

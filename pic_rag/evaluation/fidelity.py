@@ -16,15 +16,15 @@ from typing import Any
 
 import numpy as np
 
-from pic_rag.answering import Generation
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
+from pic_rag.compression.fidelity import Fidelity, FidelityCheck
+from pic_rag.compression.ladder import descend
 from pic_rag.config import RAW_TEXT
 from pic_rag.evaluation.metrics import auroc, contains_answer, f1
 from pic_rag.evaluation.runner import versions
-from pic_rag.fidelity import Fidelity, FidelityCheck
-from pic_rag.generator import Generator
+from pic_rag.generation.answering import Generation
+from pic_rag.generation.generator import Generator
 from pic_rag.handles import escape_handles
-from pic_rag.ladder import descend
 from pic_rag.memory import Memory
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import Question

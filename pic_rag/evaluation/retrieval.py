@@ -8,9 +8,9 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
-from pic_rag.documents import Document
 from pic_rag.questions import Context, Question
-from pic_rag.retriever import Retriever
+from pic_rag.retrieval.documents import Document
+from pic_rag.retrieval.retriever import Retriever
 
 
 @dataclass(frozen=True)

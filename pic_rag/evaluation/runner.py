@@ -18,11 +18,11 @@ from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
 from pic_rag import __version__
-from pic_rag.answering import Generation
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.evaluation.metrics import agreement, contains_answer, f1
 from pic_rag.evaluation.systems import RATIO_SYSTEMS, Shown, Systems
 from pic_rag.evaluation.tasks import TASKS, Task
+from pic_rag.generation.answering import Generation
 from pic_rag.questions import Question
 
 _LOOKAHEAD_BATCHES = 8  # batches given to the generator at once: it decodes prompts of like length together

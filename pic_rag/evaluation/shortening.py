@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
-from pic_rag.embedded import retriever_path
+from pic_rag.models.embedded import retriever_path
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
 

@@ -16,17 +16,17 @@ from typing import Any, cast
 import torch
 from sentence_transformers import SentenceTransformer
 
-from pic_rag.answering import Generation
-from pic_rag.backbone import load_backbone
-from pic_rag.compressor import Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.evaluation.lingua import Lingua, LinguaError
 from pic_rag.evaluation.shortening import Shortener
-from pic_rag.generator import Generator
+from pic_rag.generation.answering import Generation
+from pic_rag.generation.generator import Generator
+from pic_rag.generation.reader import Reader
 from pic_rag.handles import escape_handles
 from pic_rag.memory import AtRest, Memory
+from pic_rag.models.backbone import load_backbone
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import Question
-from pic_rag.reader import Reader
 
 AT_REST_SYSTEMS: dict[str, AtRest] = {"pic@bf16": "bf16", "pic@int8": "int8", "pic@int4": "int4"}
 """The systems that read memories as a store gives them back, by what they were kept as."""

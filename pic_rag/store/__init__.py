@@ -1,6 +1,9 @@
-"""The store: the only room that touches disk.
+"""The store: where memories are kept, the only room that writes them to disk.
 
-Names load on first use, so a process that only keeps bytes in SQLite never imports torch.
+`protocol` says what a store is (keys to bytes), `sqlite` and `shards` are two, `default` is the one used when nobody
+says, and `cache` finds memories in any of them by their handles. This room does not know how a memory is made: it
+asks a compressor for those it lacks. Names load on first use, so a process that only keeps bytes in SQLite never
+imports torch.
 """
 
 from __future__ import annotations
@@ -10,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pic_rag.store.cache import MemoryCache
+    from pic_rag.store.default import STORE_FILE, shared_store
     from pic_rag.store.protocol import MemoryStore, StoreError
     from pic_rag.store.shards import ShardStore
     from pic_rag.store.sqlite import SQLiteStore
 
-STORE_FILE = "memories.sqlite"
-"""Name of the default store, in the cache folder or in an index."""
-
-__all__ = ["STORE_FILE", "MemoryCache", "MemoryStore", "SQLiteStore", "ShardStore", "StoreError"]
+__all__ = ["STORE_FILE", "MemoryCache", "MemoryStore", "SQLiteStore", "ShardStore", "StoreError", "shared_store"]
 
 _HOMES = {
+    "STORE_FILE": "default",
     "MemoryCache": "cache",
     "MemoryStore": "protocol",
     "SQLiteStore": "sqlite",
     "ShardStore": "shards",
     "StoreError": "protocol",
+    "shared_store": "default",
 }
 
 

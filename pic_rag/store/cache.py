@@ -14,8 +14,8 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
+from pic_rag.compression.ladder import descend
 from pic_rag.handles import HANDLE_PATTERN
-from pic_rag.ladder import descend
 from pic_rag.memory import AtRest, Memory, MemoryFormatError
 from pic_rag.store.protocol import MemoryStore
 
@@ -28,7 +28,7 @@ _NAMESPACE_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class SupportsCompress(Protocol):
-    """What the cache asks of a compressor; `pic_rag.compressor.Compressor` is one."""
+    """What the cache asks of a compressor; `Compressor` is one."""
 
     @property
     def fingerprint(self) -> str:

@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from pic_rag.backbone import ModelRef, load_backbone, reader_id
-from pic_rag.checkpoint import READER_FOLDER, Checkpoint
 from pic_rag.encoder import PicEncoder
-from pic_rag.quiet import quiet_loading
+from pic_rag.models.backbone import ModelRef, load_backbone, reader_id
+from pic_rag.models.checkpoint import READER_FOLDER, Checkpoint
+from pic_rag.models.quiet import quiet_loading
 from pic_rag.training.batch import Batch, StepDataset
 from pic_rag.training.config import TrainConfig
 from pic_rag.training.corpora import Corpora

@@ -1,6 +1,6 @@
 """The settings that all components share, and what they lead to: a checkpoint, a cache, source texts.
 
-Constructing a component reads no file. What equal settings lead to is shared in the process (`pic_rag.shared`).
+Constructing a component reads no file. What equal settings lead to is shared in the process (`shared_compressor`).
 """
 
 from __future__ import annotations

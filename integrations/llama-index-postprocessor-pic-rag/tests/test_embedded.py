@@ -24,7 +24,7 @@ from llama_index.llms.pic_rag import PICLLM
 from llama_index.postprocessor.pic_rag import PICCompressor, PICTransform, restore_nodes
 
 from pic_rag import Compressor, Generator, SQLiteStore, find_handles
-from pic_rag.embedded import EmbeddedModelError, retriever_path
+from pic_rag.models.embedded import EmbeddedModelError, retriever_path
 
 pytestmark = pytest.mark.embedded
 

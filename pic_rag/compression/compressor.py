@@ -1,0 +1,331 @@
+"""The compressor: texts in, memories out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pic_rag.chunking import Segment, fold, place_slots, token_segments, token_windows
+from pic_rag.compression.batching import Batcher, gather
+from pic_rag.compression.fidelity import FidelityCheck
+from pic_rag.compression.ladder import descend
+from pic_rag.config import RAW_TEXT, PicConfig
+from pic_rag.encoder import PicEncoder
+from pic_rag.generation.generator import Generator
+from pic_rag.generation.sharing import shared_generator
+from pic_rag.handles import make_handle
+from pic_rag.memory import Memory, hash_text
+from pic_rag.models.backbone import Backbone, load_backbone
+from pic_rag.models.checkpoint import Checkpoint
+from pic_rag.models.pair import load_models
+
+BATCH_SIZE = 8
+"""Rows encoded at once; a row holds one full segment or several short ones."""
+
+_LOOKAHEAD_BATCHES = 8  # full batches of segments gathered before they are packed: bounds memory, leaves little padding
+
+
+class Compressor:
+    """Turns texts into memories that one generator can read. It never changes after it is built.
+
+    Use `from_pretrained` (a trained checkpoint) or `from_base` (untrained).
+
+    Attributes:
+        config: the PIC settings.
+        fingerprint: 64 hex digits over weights, settings and models; equal fingerprints make equal memories.
+        generator: the model that reads the memories.
+        reader: folder of the LoRA adapter the generator needs for them, if any.
+        name: folder or hub id it was loaded from; None for the shipped one and for an untrained one.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        encoder: PicEncoder,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        name: str | None = None,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.name = name
+        self.encoder = encoder.eval()
+        self._batcher = Batcher(self.encoder)
+        self.tokenizer = tokenizer
+        self.config = checkpoint.config
+        self.generator = checkpoint.generator
+        self.reader = checkpoint.reader
+        self.fingerprint = checkpoint.fingerprint
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path | None = None,
+        *,
+        base_model: str | Path | None = None,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        attn_implementation: str | None = None,
+    ) -> Compressor:
+        """Load a trained compressor.
+
+        Args:
+            name_or_path: a folder written by `save_pretrained`, a hub id, or None for the one shipped with pic-rag.
+            base_model: where the base model is, when it is not where the checkpoint says.
+            device: None picks cuda, mps or cpu.
+            dtype: compute dtype; None picks the device's fast one.
+            attn_implementation: "sdpa", "eager" or "flex_attention"; None leaves it to transformers.
+
+        Raises:
+            FileNotFoundError: when there is no checkpoint.
+            ValueError: when the checkpoint is damaged, or its base model is not the one it was trained on.
+        """
+        checkpoint = Checkpoint.load(name_or_path)
+        base, generator = load_models(
+            checkpoint, base_model, device=device, dtype=dtype, attn_implementation=attn_implementation
+        )
+        encoder = PicEncoder(base.model, checkpoint.config, generator.model.get_input_embeddings())
+        encoder.load_trained_state(checkpoint.weights)
+        encoder.merge_lora()
+        return cls(checkpoint, encoder, base.tokenizer, name=None if name_or_path is None else str(name_or_path))
+
+    @classmethod
+    def from_base(
+        cls,
+        model: str | Path | PreTrainedModel | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        config: PicConfig | None = None,
+        *,
+        generator: PreTrainedModel | None = None,
+        **loading: Any,  # noqa: ANN401 - passed on to load_backbone
+    ) -> Compressor:
+        """An untrained compressor on any Hugging Face causal LM with rotary positions: a mean pooler until trained.
+
+        Args:
+            model: the base model, or its name or folder (None: the embedded default).
+            tokenizer: needed with a model object.
+            config: None for the defaults.
+            generator: the LLM that will read the memories, when it is not the base model. With
+                `config.residual_pool` it must share the base model's tokenizer.
+            **loading: `device`, `dtype`, `attn_implementation`, for a model given by name.
+
+        Raises:
+            ValueError: when a model object comes without its tokenizer, has no rotary positions, or when the
+                generator's vocabulary cannot be the tokenizer's.
+        """
+        if isinstance(model, PreTrainedModel):
+            if tokenizer is None:
+                raise ValueError(
+                    "tokenizer must be given with a model object, got None. Pass the model's own tokenizer."
+                )
+            base = Backbone(model, tokenizer, _name(model))
+        else:
+            base = load_backbone(model, **loading)
+        reader = base if generator is None else Backbone(generator, base.tokenizer, _name(generator))
+        config = config or PicConfig()
+        embeddings = reader.model.get_input_embeddings()
+        vocabulary = len(cast("torch.Tensor", embeddings.weight))
+        if config.residual_pool and vocabulary < len(base.tokenizer):
+            raise ValueError(
+                f"generator must share the base model's tokenizer of {len(base.tokenizer)} tokens, got a vocabulary of "
+                f"{vocabulary}. Set residual_pool=False for a generator with another tokenizer."
+            )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # equal models and settings make equal fingerprints, so a store of memories stays good
+            encoder = PicEncoder(base.model, config, embeddings)
+        weights = {name: tensor.detach().cpu().clone() for name, tensor in encoder.trained_state().items()}
+        return cls(Checkpoint(config, base.ref, reader.ref, weights), encoder, base.tokenizer)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write `config.json`, `compressor.safetensors` and the reader, if there is one, into a folder."""
+        self.checkpoint.save(folder)
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: str | None = None) -> str:
+        """Upload the checkpoint to the Hugging Face hub; returns the repository's address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api.upload_folder(repo_id=repo_id, folder_path=folder)
+        return str(address)
+
+    @property
+    def hidden(self) -> int:
+        """Width of a memory token: the generator's hidden size."""
+        return self.encoder.hidden
+
+    @property
+    def dtype(self) -> str:
+        """The dtype memories are computed in, such as "bfloat16"."""
+        return str(self._embedding_weight.dtype).removeprefix("torch.")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder is."""
+        return self._embedding_weight.device
+
+    def handle(self, text: str, ratio: int | None = None) -> str:
+        """The handle that this text's memory has, without compressing it; at ratio 1 that of the raw text."""
+        return make_handle(
+            source_hash=hash_text(text),
+            fingerprint=self.fingerprint,
+            ratio=RAW_TEXT if ratio == RAW_TEXT else self.config.check_ratio(ratio),
+            dtype=self.dtype,
+        )
+
+    def ladder(self, ratio: int | None = None) -> tuple[int, ...]:
+        """The ratios that `min_fidelity` tries: those served from `ratio` (None: the highest) down, then raw text."""
+        if ratio == RAW_TEXT:
+            return (RAW_TEXT,)
+        highest = self.config.ratios[-1] if ratio is None else self.config.check_ratio(ratio)
+        return (*(served for served in reversed(self.config.ratios) if served <= highest), RAW_TEXT)
+
+    def compress(
+        self,
+        texts: Sequence[str],
+        ratio: int | None = None,
+        batch_size: int | None = None,
+        progress: bool | None = None,
+        *,
+        min_fidelity: float | None = None,
+        generator: Generator | None = None,
+    ) -> list[Memory]:
+        """Compress texts; the working memory does not grow with their length.
+
+        Args:
+            texts: one string a document. An empty one becomes an empty memory.
+            ratio: text tokens per memory token; None for the compressor's default. With `min_fidelity` the highest one
+                to try; None for the highest that is served.
+            batch_size: encoder rows computed at once.
+            progress: True shows a bar, False none; None shows one on a terminal once it takes over a second.
+            min_fidelity: 0 to 1. Each text gets the highest ratio whose memory is that faithful, as the generator finds
+                (`pic_rag.compression.fidelity`), else raw text: a memory of ratio 1 that holds its token embeddings.
+            generator: the one that checks, for `min_fidelity`; None: `shared_generator(compressor.checkpoint)`, which
+                is loaded unless something in this process shares it already.
+
+        Returns:
+            One memory a text, in order, on the CPU: `ceil(text_tokens / ratio)` memory tokens each. With `min_fidelity`
+            they carry their `fidelity`; that of raw text is 1, for nothing is lost.
+
+        Raises:
+            ValueError: when the compressor does not serve that ratio, `min_fidelity` is out of range, or `generator` is
+                another than the memories are made for.
+            TypeError: when a text is not a string, or `generator` does not run in this process.
+        """
+        rows = _require_batch_size(batch_size)
+        texts = _check_texts(texts)
+        if min_fidelity is None:
+            return self._compress(texts, self.config.check_ratio(ratio), rows, progress)
+        check = FidelityCheck(self._checking(generator), self.config.segment_tokens)
+
+        def attempt(numbers: Sequence[int], ratio: int) -> list[Memory]:
+            own = [texts[number] for number in numbers]
+            if ratio == RAW_TEXT:
+                return [self._raw_text(text, check.generator) for text in own]
+            return check.mark(own, self._compress(own, ratio, rows, progress))
+
+        return descend(len(texts), self.ladder(ratio), min_fidelity, attempt)
+
+    def _compress(self, texts: Sequence[str], ratio: int, rows: int, progress: bool | None) -> list[Memory]:
+        """One memory a text, all of one ratio; `rows` encoder rows computed at once."""
+        pieces: list[list[torch.Tensor]] = [[] for _ in texts]
+        text_tokens = [0] * len(texts)
+        characters = sum(map(len, texts))
+        with tqdm(total=characters, unit="char", unit_scale=True, desc="compress", delay=1.0,
+                  disable=None if progress is None else not progress) as bar:  # fmt: skip
+            segments = self._segments(texts, ratio, bar)
+            for batch in gather(segments, rows * self.config.segment_tokens * _LOOKAHEAD_BATCHES):
+                memories = self._batcher.encode([segment for _, segment in batch], rows)
+                for (number, segment), memory in zip(batch, memories, strict=True):
+                    pieces[number].append(memory)
+                    text_tokens[number] += len(segment.token_ids)
+        return [
+            self._memory(text, ratio, tokens, parts)
+            for text, tokens, parts in zip(texts, text_tokens, pieces, strict=True)
+        ]
+
+    def _segments(self, texts: Sequence[str], ratio: int, bar: tqdm) -> Iterator[tuple[int, Segment]]:
+        """Every text's segments (its chunks, where they can be folded), with the number of the text."""
+        for number, text in enumerate(texts):
+            for token_ids in token_segments(text, self.tokenizer, self.config.segment_tokens):
+                segment = place_slots(token_ids, ratio, self.config.slots_per_chunk)
+                for part in fold(segment) if self.config.foldable else [segment]:
+                    yield number, part
+            bar.update(len(text))
+
+    def _memory(self, text: str, ratio: int, text_tokens: int, pieces: list[torch.Tensor]) -> Memory:
+        empty = torch.empty((0, self.hidden), dtype=self._embedding_weight.dtype)
+        return Memory(
+            embeddings=torch.cat(pieces) if pieces else empty,
+            text_tokens=text_tokens,
+            ratio=ratio,
+            dtype=self.dtype,
+            fingerprint=self.fingerprint,
+            source_hash=hash_text(text),
+            generator=self.generator.id,
+        )
+
+    @torch.inference_mode()
+    def _raw_text(self, text: str, generator: Generator) -> Memory:
+        """The text as the generator's own token embeddings, which it reads as the text."""
+        embed = generator.model.get_input_embeddings()
+        windows = [torch.from_numpy(ids) for ids in token_windows(text, generator.tokenizer)]
+        pieces = [embed(ids.to(generator.model.device)).to("cpu", self._embedding_weight.dtype) for ids in windows]
+        return replace(self._memory(text, RAW_TEXT, sum(map(len, windows)), pieces), fidelity=1.0)
+
+    def _checking(self, generator: Generator | None) -> Generator:
+        """The generator that reads this compressor's memories: the one given, or the process's."""
+        if generator is None:
+            return shared_generator(self.checkpoint)
+        if not isinstance(generator, Generator):
+            raise TypeError(
+                f"generator must be a Generator that runs in this process, got {type(generator).__name__}. "
+                "Leave min_fidelity out, or pass Generator.from_checkpoint(compressor.checkpoint)."
+            )
+        if generator.model_id != self.generator.id:
+            raise ValueError(
+                f"generator must be {self.generator.id!r}, which the compressor makes memories for, got "
+                f"{generator.model_id!r}. Pass Generator.from_checkpoint(compressor.checkpoint)."
+            )
+        return generator
+
+    @property
+    def _embedding_weight(self) -> torch.Tensor:
+        return self.encoder.token_embedding_weight
+
+
+def _check_texts(texts: Iterable[str]) -> list[str]:
+    if isinstance(texts, str):
+        raise TypeError("texts must be a list of strings, got one string. Write compress([text]).")
+    texts = list(texts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise TypeError(f"texts must hold strings, got {type(text).__name__} at position {number}.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"texts must be valid Unicode, got a lone surrogate at position {number}, character {error.start}. "
+                'Decode the file with errors="replace".'
+            ) from error
+    return texts
+
+
+def _require_batch_size(batch_size: int | None) -> int:
+    if batch_size is None:
+        return BATCH_SIZE
+    if type(batch_size) is not int or batch_size < 1:
+        raise ValueError(f"batch_size must be a whole number of 1 or more, got {batch_size!r}.")
+    return batch_size
+
+
+def _name(model: PreTrainedModel) -> str:
+    return model.name_or_path or type(model).__name__

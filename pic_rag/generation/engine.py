@@ -1,0 +1,254 @@
+"""The engine: rows go through a transformers model, tokens come out into completions.
+
+The only room that calls `model.generate`. Calls of many threads take turns, or share a batch, and memories
+that were read before are not read again. It does not know handles, chat templates or stop strings.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, pad
+from torch.nn.utils.rnn import pad_sequence
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from pic_rag.assembler import Assembled
+from pic_rag.generation.completion import Completion
+from pic_rag.generation.prefix import PREFIX_CACHE_BYTES, PrefixCache, join, supports_reuse
+from pic_rag.generation.reader import Reader
+from pic_rag.generation.sampling import Sampling
+from pic_rag.generation.turns import Turns
+
+BATCH_PROMPTS = 8
+"""Prompts that are decoded together by default."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """One call of `decode`: prompts that all hold memories, or none of them."""
+
+    prompts: Sequence[Assembled]
+    completions: Sequence[Completion]
+    sampling: Sampling
+
+    @property
+    def started(self) -> bool:
+        return any(completion.token_ids for completion in self.completions)
+
+    @property
+    def finished(self) -> bool:
+        return all(completion.finished for completion in self.completions)
+
+    @property
+    def reading(self) -> bool:
+        return self.prompts[0].memory_tokens > 0
+
+
+class Engine:
+    """Runs one model for many threads, one batch at a time.
+
+    Args:
+        model: a transformers causal LM.
+        tokenizer: its tokenizer.
+        reader: a LoRA on `model` that is on while a batch holds memories.
+        batch_size: most prompts to decode together.
+        merge_calls: whether calls that wait at the same time share a batch.
+        prefix_cache_bytes: keys and values to keep of memories that were read; 0 keeps none.
+
+    Raises:
+        ValueError: when a number is out of range.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        reader: Reader | None = None,
+        batch_size: int = BATCH_PROMPTS,
+        merge_calls: bool = False,
+        prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}. Use 1 to decode one prompt at a time.")
+        if prefix_cache_bytes < 0:
+            raise ValueError(f"prefix_cache_bytes must be at least 0, got {prefix_cache_bytes}. Use 0 to keep none.")
+        self.model = model
+        self.batch_size = batch_size
+        self.merge_calls = merge_calls
+        self.end_token_ids = end_token_ids(model, tokenizer)
+        self._reader = reader
+        self._prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes and supports_reuse(model) else None
+        self._lock = threading.Lock()
+        self._turns = Turns(self._run, self._joins)
+        # Any id will do: padding is masked, and what follows an end token is not read.
+        padding = tokenizer.pad_token_id
+        self._pad_token_id = min(self.end_token_ids, default=0) if padding is None else padding
+
+    def decode(self, batch: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling) -> None:
+        """Run the model until every completion is finished, together with alike calls that wait, with `merge_calls`.
+
+        Args:
+            batch: prompts that all hold memories, or none of them does.
+            completions: one for each. When an error or an interrupt ends the call they are abandoned.
+            sampling: how tokens are chosen.
+        """
+        try:
+            self._turns.take(_Request(batch, completions, sampling))
+        except BaseException:
+            for completion in completions:
+                completion.abandoned = True
+            raise
+
+    @torch.no_grad()
+    def score(self, batch: Sequence[Assembled], targets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """`(target_tokens,)` float32 log-probabilities of each target's tokens after its prompt, on the CPU.
+
+        Args:
+            batch: prompts that all hold memories, or none of them does.
+            targets: `(target_tokens,)` int64, one for each, of one token or more.
+        """
+        whole = [
+            replace(prompt, token_ids=torch.cat([prompt.token_ids, ids]))
+            for prompt, ids in zip(batch, targets, strict=True)
+        ]
+        reading = batch[0].memory_tokens > 0
+        with self._exclusive(reading):
+            inputs = self._pad_embeddings(whole, [0] * len(whole)) if reading else self._pad_ids(whole)
+            positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+            last = max(map(len, targets)) + 1  # the row before a target's first token says what that token is
+            logits = self.model(**inputs, position_ids=positions, logits_to_keep=last, use_cache=False).logits
+        return [_log_probs(row[-len(ids) - 1 : -1], ids) for row, ids in zip(logits, targets, strict=True)]
+
+    @torch.no_grad()
+    def _run(self, requests: Sequence[_Request]) -> None:
+        """Decode requests that go together, as one batch."""
+        prompts = [prompt for request in requests for prompt in request.prompts]
+        completions = [completion for request in requests for completion in request.completions]
+        reading, sampling = requests[0].reading, requests[0].sampling
+        with (
+            self._exclusive(reading),
+            self._read(prompts, completions) if reading else nullcontext(self._pad_ids(prompts)) as inputs,
+        ):
+            self.model.generate(  # type: ignore[operator]
+                **inputs,
+                generation_config=self._generation_config(sampling),
+                logits_processor=sampling.processors(len(prompts), self.model.device),
+                stopping_criteria=StoppingCriteriaList([_Feed(completions, self._turns.wake)]),
+            )
+
+    @contextmanager
+    def _exclusive(self, reading: bool) -> Iterator[None]:
+        """The model for one thread, its reader on for prompts with memories."""
+        with self._lock, self._reader.on() if self._reader and reading else nullcontext():
+            yield
+
+    @contextmanager
+    def _read(self, prompts: Sequence[Assembled], completions: Sequence[Completion]) -> Iterator[dict[str, Any]]:
+        """Inputs for prompts with memories, less what was read before; afterwards what was read is kept."""
+        if self._prefixes is None:
+            yield self._pad_embeddings(prompts, [0] * len(prompts))
+            return
+        prefixes = [self._prefixes.find(prompt) for prompt in prompts]
+        for prefix, completion in zip(prefixes, completions, strict=True):
+            completion.cached_tokens = prefix.cached_tokens
+        past = join(prefixes, self.model)
+        inputs = self._pad_embeddings(prompts, [prefix.cached_tokens for prefix in prefixes])
+        yield {**inputs, "past_key_values": past}
+        self._prefixes.keep(prefixes, past)
+
+    def _pad_ids(self, prompts: Sequence[Assembled]) -> dict[str, torch.Tensor]:
+        """`(prompts, rows)` token ids and mask: the way in that the model knows best, for prompts of text alone."""
+        ids = pad_sequence([prompt.token_ids for prompt in prompts], True, self._pad_token_id, "left")
+        ones = [torch.ones_like(prompt.token_ids) for prompt in prompts]
+        mask = pad_sequence(ones, True, padding_side="left")
+        return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+
+    def _pad_embeddings(self, prompts: Sequence[Assembled], cached: Sequence[int]) -> dict[str, torch.Tensor]:
+        """`(prompts, rows, hidden)` embeddings and `(prompts, rows)` mask.
+
+        The cached rows of all prompts come first, padded on the left, then the rows to read, padded on the left. What
+        embeddings say at cached rows does not matter: `model.generate` wants them and cuts them off.
+        """
+        read = [prompt.embeddings[rows:] for prompt, rows in zip(prompts, cached, strict=True)]
+        embeddings = pad(pad_sequence(read, True, padding_side="left"), (0, 0, max(cached), 0))
+        parts = [[torch.ones(rows) for rows in cached], [torch.ones(len(rows)) for rows in read]]
+        mask = torch.cat([pad_sequence(ones, True, padding_side="left") for ones in parts], dim=1)
+        return {"inputs_embeds": embeddings, "attention_mask": mask.long().to(self.model.device)}
+
+    def _generation_config(self, sampling: Sampling) -> GenerationConfig:
+        """One beam, the highest score; what is not said here (a repetition penalty, say) stays as the model has it."""
+        return GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            num_return_sequences=1,
+            use_cache=True,
+            return_dict_in_generate=False,
+            eos_token_id=sorted(self.end_token_ids) or None,
+            pad_token_id=self._pad_token_id,
+        )
+
+    def _joins(self, request: _Request, group: Sequence[_Request]) -> bool:
+        """Whether a request may be decoded with others: same kind and settings, room in the batch, alike in length.
+
+        The longest prompt with its answer is at most twice the shortest: less than half of a batch is padding.
+        """
+        if not self.merge_calls:
+            return False
+        tokens = [
+            prompt.prompt_tokens + request.sampling.max_new_tokens
+            for together in (*group, request)
+            for prompt in together.prompts
+        ]
+        return (
+            (request.reading, request.sampling) == (group[0].reading, group[0].sampling)
+            and len(tokens) <= self.batch_size
+            and max(tokens) <= 2 * min(tokens)
+        )
+
+
+class _Feed(StoppingCriteria):
+    """Hands each new token to its completion, and stops a row when its completion is finished.
+
+    Args:
+        completions: one a row.
+        on_end: called when one of them is finished.
+    """
+
+    def __init__(self, completions: Sequence[Completion], on_end: Callable[[], None]) -> None:
+        self._completions = completions
+        self._on_end = on_end
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs: Any) -> torch.BoolTensor:  # noqa: ANN401 - transformers' signature
+        """`(prompts, tokens)` ids so far in, `(prompts,)` whether each row is finished out."""
+        for completion, token_id in zip(self._completions, input_ids[:, -1].tolist(), strict=True):
+            if not completion.finished:
+                completion.push(token_id)
+                if completion.finished:
+                    self._on_end()
+        finished = [completion.finished for completion in self._completions]
+        return torch.tensor(finished, device=input_ids.device)  # type: ignore[return-value]
+
+
+def _log_probs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """`(tokens,)` of `(tokens, vocabulary)`, on the CPU; one prompt at a time, for float32 logits are large."""
+    return -cross_entropy(logits.float(), token_ids.to(logits.device), reduction="none").cpu()
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer: the model's own, else the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)

@@ -1,0 +1,131 @@
+"""Loading a Hugging Face causal LM: where it lives, on what device, in what dtype, and what identifies it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pic_rag.models import embedded
+from pic_rag.models.quiet import quiet_loading
+
+EMBEDDED_NAME = "SmolLM2-135M-Instruct"
+ATTN_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+_DIGEST_SAMPLES = 64  # values read of every parameter
+
+
+class ModelRef(NamedTuple):
+    """Which model something belongs to: where to load it from, and what identifies its weights (see `model_id`)."""
+
+    name: str
+    id: str
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A causal LM with its tokenizer and the name it is known by."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str
+
+    @property
+    def ref(self) -> ModelRef:
+        """The name with the identity of the weights."""
+        return ModelRef(self.name, model_id(self.model, self.name))
+
+
+def load_backbone(
+    name_or_path: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    attn_implementation: str | None = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+) -> Backbone:
+    """Load a causal LM in evaluation mode.
+
+    Args:
+        name_or_path: a folder, a hub id, or None for the embedded default.
+        device: as torch names it; None picks cuda, then mps, then cpu.
+        dtype: None picks bfloat16 where the device multiplies it natively, else float32.
+        attn_implementation: "sdpa", "eager" or "flex_attention"; None leaves it to transformers.
+        model_kwargs: passed on to `from_pretrained`.
+
+    Raises:
+        ValueError: when `attn_implementation` is none of those, or `dtype` no floating-point dtype.
+        OSError: when there is no such model.
+        EmbeddedModelError: when the embedded default is neither cached nor reachable.
+    """
+    if attn_implementation not in (None, *ATTN_IMPLEMENTATIONS):
+        raise ValueError(
+            f"attn_implementation must be one of {', '.join(ATTN_IMPLEMENTATIONS)}, or None for the model's own, got "
+            f"{attn_implementation!r}. The PIC mask has no other back-end."
+        )
+    embedded_default = name_or_path is None or str(name_or_path) == EMBEDDED_NAME
+    source = str(embedded.generator_path()) if embedded_default else str(name_or_path)
+    where = resolve_device(device)
+    with quiet_loading():
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=resolve_dtype(dtype, where), attn_implementation=attn_implementation, **(model_kwargs or {})
+        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    return Backbone(
+        cast("Any", model).to(where).eval(), tokenizer, EMBEDDED_NAME if embedded_default else str(name_or_path)
+    )
+
+
+def resolve_device(device: str | torch.device | None) -> torch.device:
+    """The device to use: the given one, else cuda, mps or cpu, whichever is there first."""
+    if device is not None:
+        return torch.device(device)
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The dtype to compute in: the given one, else bfloat16 where the device is fast at it, else float32.
+
+    Raises:
+        ValueError: when the name is not a floating-point dtype of torch.
+    """
+    if dtype is None:
+        fast = _cpu_multiplies_bfloat16() if device.type == "cpu" else device.type == "cuda"
+        return torch.bfloat16 if fast else torch.float32
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point dtype such as 'float32' or 'bfloat16', got {dtype!r}.")
+    return resolved
+
+
+def model_id(model: PreTrainedModel, name: str) -> str:
+    """`name@digest`: 16 hex digits over a sample of every parameter, so that equal names cannot hide other weights.
+
+    The sample is read in bfloat16, so the same checkpoint has the same digest in either precision. A folder's
+    name is its last part: the same weights elsewhere on the disk are the same model.
+    """
+    digest = hashlib.sha256()
+    for parameter_name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _DIGEST_SAMPLES)][:_DIGEST_SAMPLES]
+        digest.update(f"{parameter_name}{tuple(parameter.shape)}".encode())
+        digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
+    short = Path(name).name if Path(name).exists() else name
+    return f"{short}@{digest.hexdigest()[:16]}"
+
+
+def reader_id(model: str, reader: Path) -> str:
+    """The id of a generator together with its reader adapter: memories made for the pair suit nothing else."""
+    digest = hashlib.sha256((reader / "adapter_model.safetensors").read_bytes()).hexdigest()
+    return f"{model}+{digest[:16]}"
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

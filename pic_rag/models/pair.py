@@ -1,0 +1,92 @@
+"""The two models a checkpoint belongs to: the base model the encoder is cut from, and the generator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pic_rag.models.backbone import Backbone, ModelRef, load_backbone
+from pic_rag.models.checkpoint import Checkpoint
+
+
+def load_models(
+    checkpoint: Checkpoint,
+    base_model: str | Path | None = None,
+    **loading: Any,  # noqa: ANN401 - passed on to load_backbone
+) -> tuple[Backbone, Backbone]:
+    """The base model and the generator of a checkpoint; one object where they are the same model.
+
+    Args:
+        checkpoint: says which models they are.
+        base_model: where the base model is, when it is not where the checkpoint says.
+        **loading: `device`, `dtype`, `attn_implementation`.
+
+    Raises:
+        FileNotFoundError: when the base model is not there.
+        ValueError: when a model is not the one the checkpoint was trained with.
+    """
+    load = partial(load_backbone, **loading)
+    base = _load_base(load, base_model or checkpoint.base.name)
+    if _digest(base.ref.id) != _digest(checkpoint.base.id):
+        raise ValueError(
+            f"The base model must be {checkpoint.base.id!r}, which this compressor was trained on, got "
+            f"{base.ref.id!r}. Pass the right folder or hub id as base_model."
+        )
+    return base, _generator_beside(load, base, checkpoint.generator)
+
+
+def load_generator(
+    checkpoint: Checkpoint,
+    name_or_path: str | Path | None = None,
+    **loading: Any,  # noqa: ANN401 - load_backbone's arguments
+) -> Backbone:
+    """Load the model that reads a compressor's memories, without its reader.
+
+    Args:
+        checkpoint: of the compressor.
+        name_or_path: where the model is, when it is not where the checkpoint says.
+        **loading: as for `load_backbone`.
+
+    Raises:
+        ValueError: when the model found there is another than the memories are made for.
+    """
+    backbone = load_backbone(name_or_path or checkpoint.generator.name, **loading)
+    if _digest(backbone.ref.id) != _bare_digest(checkpoint.generator.id):
+        raise ValueError(
+            f"generator must be {checkpoint.generator.id!r}, which the compressor makes memories for, got "
+            f"{backbone.ref.id!r}. Name the folder or hub id where the right model is."
+        )
+    return backbone
+
+
+def _load_base(load: Callable[..., Backbone], name_or_path: str | Path) -> Backbone:
+    try:
+        return load(name_or_path)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"The base model must be a folder or a hub id, got {str(name_or_path)!r}: {error} "
+            "Pass the folder or hub id it is at now as base_model."
+        ) from error
+
+
+def _generator_beside(load: Callable[..., Backbone], base: Backbone, generator: ModelRef) -> Backbone:
+    if _digest(base.ref.id) == _bare_digest(generator.id):
+        return base
+    loaded = load(generator.name)
+    if _digest(loaded.ref.id) != _bare_digest(generator.id):
+        raise ValueError(
+            f"The generator must be {generator.id!r}, which this compressor writes memories for, got "
+            f"{loaded.ref.id!r}. Put the right model at {generator.name!r}."
+        )
+    return loaded
+
+
+def _digest(identity: str) -> str:
+    return identity.rpartition("@")[2]
+
+
+def _bare_digest(identity: str) -> str:
+    """That of the model alone, without its reader's."""
+    return _digest(identity).partition("+")[0]

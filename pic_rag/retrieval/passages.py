@@ -1,0 +1,95 @@
+"""A document is cut into passages: what a retriever finds and shows.
+
+This file does not know what is done with a passage afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from langchain_text_splitters import RecursiveCharacterTextSplitter
+
+from pic_rag.retrieval.documents import Document
+
+PASSAGE_CHARACTERS = 1000
+"""The most a passage holds: 1,000 characters of English are about the 256 tokens that all-MiniLM-L6-v2 reads."""
+
+OVERLAP_CHARACTERS = 100
+"""How much of a passage the next one may repeat."""
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A piece of a document: what the retriever finds.
+
+    Attributes:
+        id: the document's id and the passage's number in it.
+        text: the piece.
+        source: the document's.
+        metadata: the document's, and `start_character`: where the piece starts in the document.
+        hash: of source and text; a passage of the same hash is kept once.
+    """
+
+    id: str
+    text: str
+    source: str
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    hash: str = ""
+
+    def __post_init__(self) -> None:
+        """Fill in the hash."""
+        if not self.hash:
+            content = f"{self.source}\0{self.text}".encode("utf-8", "surrogatepass")
+            object.__setattr__(self, "hash", hashlib.sha256(content).hexdigest())
+
+
+class PassageSplitter:
+    """Cuts documents at paragraphs, else at lines, sentences, words.
+
+    Args:
+        passage_characters: the most a passage holds.
+        overlap_characters: how much of a passage the next one may repeat.
+
+    Raises:
+        ValueError: a size is out of range.
+    """
+
+    def __init__(
+        self, passage_characters: int = PASSAGE_CHARACTERS, overlap_characters: int = OVERLAP_CHARACTERS
+    ) -> None:
+        if passage_characters < 1:
+            raise ValueError(f"passage_characters must be at least 1, got {passage_characters}.")
+        if not 0 <= overlap_characters < passage_characters:
+            rule = f"overlap_characters must be at least 0 and below passage_characters={passage_characters}"
+            raise ValueError(f"{rule}, got {overlap_characters}.")
+        self._splitter = RecursiveCharacterTextSplitter(
+            chunk_size=passage_characters,
+            chunk_overlap=overlap_characters,
+            separators=["\n\n", "\n", ". ", " ", ""],
+            keep_separator="end",
+            add_start_index=True,
+        )
+
+    def split(self, document: Document) -> list[Passage]:
+        """Return the passages of one document, in order.
+
+        Raises:
+            TypeError: `document` is not a `Document`.
+        """
+        if not isinstance(document, Document):
+            raise TypeError(
+                f"documents must be pic_rag.Document objects, got {type(document).__name__}. "
+                "Use Document.from_text(text, source=...) or load_documents(paths)."
+            )
+        return [
+            Passage(
+                id=f"{document.id}-{number}",
+                text=piece.page_content,
+                source=document.source,
+                metadata={**document.metadata, "start_character": piece.metadata["start_index"]},
+            )
+            for number, piece in enumerate(self._splitter.create_documents([document.text]))
+        ]

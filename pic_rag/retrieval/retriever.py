@@ -1,0 +1,261 @@
+"""Passages of documents are embedded and searched with FAISS.
+
+A `Retriever` keeps its passages and an exact inner-product index over their normalised embeddings, row i of the
+index being passage i. On disk it is an index file and a JSONL file in an `index_folder`: no pickle.
+This file does not know what is done with a passage afterwards.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from tqdm.auto import tqdm
+
+from pic_rag.models.embedded import retriever_path
+from pic_rag.models.quiet import quiet_loading
+from pic_rag.retrieval.documents import Document
+from pic_rag.retrieval.index_folder import RetrieverError, damaged, read_file, read_manifest, write_folder
+from pic_rag.retrieval.passages import OVERLAP_CHARACTERS, PASSAGE_CHARACTERS, Passage, PassageSplitter
+
+PASSAGES_A_STEP = 512
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A passage and its cosine similarity to the query, -1 to 1."""
+
+    passage: Passage
+    score: float
+
+
+class Retriever:
+    """Finds the passages whose embeddings are nearest to the query's.
+
+    Searches may run in other threads while documents are added or removed.
+    """
+
+    def __init__(
+        self,
+        embedder: str | os.PathLike[str] | SentenceTransformer | None = None,
+        *,
+        passage_characters: int = PASSAGE_CHARACTERS,
+        overlap_characters: int = OVERLAP_CHARACTERS,
+        device: str | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        """Load the embedder and start with no passages.
+
+        Args:
+            embedder: a sentence-transformers model, its folder or hub id; `None` is the embedded all-MiniLM-L6-v2.
+            passage_characters: the most a passage holds; what is beyond an embedder's limit is kept, but not searched.
+            overlap_characters: how much of a passage the next one may repeat.
+            device: where the embedder runs, such as `"cuda:0"`; `None` is inferred.
+            batch_size: passages embedded at once.
+
+        Raises:
+            ValueError: a size is out of range.
+            EmbeddedModelError: the embedded retriever is neither in the cache nor obtainable.
+        """
+        _check_positive("batch_size", batch_size)
+        self._splitter = PassageSplitter(passage_characters, overlap_characters)
+        self.passage_characters = passage_characters
+        self.overlap_characters = overlap_characters
+        self.batch_size = batch_size
+        self._model, self.embedder = _load_embedder(embedder, device)
+        probe = self._model.encode_query(["dimension"], **self._encode_options)
+        self._index: faiss.Index = faiss.IndexFlatIP(probe.shape[1])
+        self._passages: list[Passage] = []
+        self._hashes: set[str] = set()
+        self._lock = threading.Lock()  # of passages and index, which go together
+        self._adding = threading.Lock()
+
+    def __len__(self) -> int:
+        """Return the number of passages."""
+        return len(self._passages)
+
+    @property
+    def passages(self) -> tuple[Passage, ...]:
+        """All passages, in the order they were added."""
+        return tuple(self._passages)
+
+    def add(self, documents: Iterable[Document], *, progress: bool | None = None) -> int:
+        """Split and embed documents. What they say replaces what was here from the same sources.
+
+        Passages that stay the same are not embedded again; those that their source no longer holds are removed. A
+        source that comes in several documents has to come in one call.
+
+        Args:
+            documents: what to add.
+            progress: show a progress bar; `None` shows one on a terminal once it takes over a second.
+
+        Returns:
+            The number of passages added.
+
+        Raises:
+            TypeError: an item is not a `Document`.
+        """
+        documents = list(documents)
+        wanted = {passage.hash: passage for document in documents for passage in self.split(document)}
+        with self._adding:
+            fresh = [passage for passage in wanted.values() if passage.hash not in self._hashes]
+            hidden = None if progress is None else not progress
+            with tqdm(total=len(fresh), desc="Embedding", unit="passage", delay=1.0, disable=hidden) as bar:
+                for start in range(0, len(fresh), PASSAGES_A_STEP):
+                    step = fresh[start : start + PASSAGES_A_STEP]
+                    self._append(step, self._model.encode_document([p.text for p in step], **self._encode_options))
+                    bar.update(len(step))
+            self._replace({document.source for document in documents}, wanted)
+        return len(fresh)
+
+    def remove(self, sources: Iterable[str]) -> int:
+        """Forget all passages of some sources; returns how many those were."""
+        with self._adding:
+            return self._replace(set(sources), {})
+
+    def split(self, document: Document) -> list[Passage]:
+        """Return the passages of one document, in order.
+
+        Raises:
+            TypeError: `document` is not a `Document`.
+        """
+        return self._splitter.split(document)
+
+    def search(self, query: str, top_k: int = 5) -> list[Hit]:
+        """Return the `top_k` best passages, or all when there are fewer, best first.
+
+        Raises:
+            ValueError: `query` is blank or `top_k` below 1.
+        """
+        _check_positive("top_k", top_k)
+        if not query.strip():
+            raise ValueError(f"query must hold text, got {query!r}.")
+        if not self._passages:
+            return []
+        embedding = self._model.encode_query([query], **self._encode_options)
+        with self._lock:
+            scores, rows = self._index.search(embedding, min(top_k, len(self._passages)))
+            return [Hit(self._passages[row], float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the retriever into a folder, which may hold other files; a killed process leaves the old state.
+
+        Raises:
+            TypeError: the metadata of a passage is not JSON.
+        """
+        with self._lock:
+            index = faiss.serialize_index(self._index).tobytes()
+            lines = "".join(_to_json(passage) + "\n" for passage in self._passages).encode()
+        settings = {
+            "embedder": self.embedder,
+            "passage_characters": self.passage_characters,
+            "overlap_characters": self.overlap_characters,
+        }
+        write_folder(Path(folder), settings, {"index.faiss": index, "passages.jsonl": lines})
+
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike[str],
+        embedder: str | os.PathLike[str] | SentenceTransformer | None = None,
+        *,
+        device: str | None = None,
+        batch_size: int = 32,
+    ) -> Retriever:
+        """Read what `save` wrote; the arguments are those of the constructor.
+
+        Raises:
+            RetrieverError: the folder holds no retriever, a damaged one, or one that another embedder made.
+        """
+        folder = Path(folder)
+        manifest = read_manifest(folder)
+        retriever = cls(
+            embedder,
+            passage_characters=manifest["passage_characters"],
+            overlap_characters=manifest["overlap_characters"],
+            device=device,
+            batch_size=batch_size,
+        )
+        if manifest["embedder"].rpartition("@")[2] != retriever.embedder.rpartition("@")[2]:
+            raise RetrieverError(
+                f"The retriever in '{folder}' must be searched with the embedder that made it, "
+                f"'{manifest['embedder']}', got '{retriever.embedder}'. Pass that one as embedder=..., or add the "
+                "documents again."
+            )
+        index = faiss.deserialize_index(np.frombuffer(read_file(folder, manifest, "index"), dtype=np.uint8))
+        lines = read_file(folder, manifest, "passages").splitlines()
+        if index.ntotal != len(lines):
+            raise damaged(folder, f"{index.ntotal} embeddings for {len(lines)} passages")
+        retriever._index = index
+        retriever._passages = [Passage(**json.loads(line)) for line in lines]
+        retriever._hashes = {passage.hash for passage in retriever._passages}
+        return retriever
+
+    @property
+    def _encode_options(self) -> dict[str, Any]:
+        return {"batch_size": self.batch_size, "normalize_embeddings": True, "show_progress_bar": False}
+
+    def _append(self, passages: list[Passage], embeddings: np.ndarray) -> None:
+        with self._lock:
+            self._passages.extend(passages)
+            self._index.add(np.ascontiguousarray(embeddings, dtype=np.float32))
+            self._hashes.update(passage.hash for passage in passages)
+
+    def _replace(self, sources: Collection[str], wanted: Mapping[str, Passage]) -> int:
+        """Of the sources, keep the wanted passages, by hash, as they are now; returns how many went."""
+        with self._lock:
+            gone = [
+                row
+                for row, passage in enumerate(self._passages)
+                if passage.source in sources and passage.hash not in wanted
+            ]
+            # later rows move up, as in the list
+            self._index.remove_ids(faiss.IDSelectorBatch(np.array(gone, dtype=np.int64)))
+            dropped = set(gone)
+            self._passages = [
+                wanted.get(passage.hash, passage) for row, passage in enumerate(self._passages) if row not in dropped
+            ]
+            self._hashes = {passage.hash for passage in self._passages}
+        return len(gone)
+
+
+def _check_positive(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+def _load_embedder(
+    embedder: str | os.PathLike[str] | SentenceTransformer | None, device: str | None
+) -> tuple[SentenceTransformer, str]:
+    """Return the model and its identity, `<name>@<16 hex digits of its weights' hash>`."""
+    if isinstance(embedder, SentenceTransformer):
+        model, name = embedder, "custom"
+    else:
+        name = os.fspath(retriever_path() if embedder is None else embedder)
+        with quiet_loading():
+            model = SentenceTransformer(name, device=device)
+    digest = hashlib.sha256()
+    for key, weight in sorted(model.state_dict().items()):
+        digest.update(f"{key} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return model, f"{Path(name).name if os.path.isdir(name) else name}@{digest.hexdigest()[:16]}"
+
+
+def _to_json(passage: Passage) -> str:
+    try:
+        return json.dumps({**vars(passage), "metadata": dict(passage.metadata)})
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"The metadata of document '{passage.source}' must hold JSON values only, got: {error}. "
+            "Make it text before you add the document."
+        ) from error

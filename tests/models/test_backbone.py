@@ -1,0 +1,44 @@
+"""A causal LM is loaded as asked for, or the request is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pic_rag.compression.compressor import Compressor
+from pic_rag.generation.generator import Generator
+from pic_rag.models.backbone import load_backbone, model_id
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tiny_tokenizer, tmp_path_factory):
+    base = tmp_path_factory.mktemp("base")
+    tiny_model.save_pretrained(base)
+    tiny_tokenizer.save_pretrained(base)
+    return base
+
+
+@pytest.mark.parametrize("wrong", ["flash", "flash_attention_2", "SDPA", ""])
+@pytest.mark.parametrize("load", [load_backbone, Generator.from_pretrained, Compressor.from_base])
+def test_an_attention_back_end_that_has_no_pic_mask_is_refused_before_anything_is_loaded(load, wrong):
+    rule = rf"attn_implementation must be one of sdpa, eager, flex_attention, or None .*, got '{wrong}'"
+    with pytest.raises(ValueError, match=rule):
+        load("/no/such/folder", attn_implementation=wrong)
+
+
+@pytest.mark.parametrize("asked", ["sdpa", "eager", "flex_attention"])
+def test_the_back_end_asked_for_is_used(folder, asked):
+    model = load_backbone(folder, device="cpu", attn_implementation=asked).model
+    assert model.config._attn_implementation == asked
+
+
+@pytest.mark.parametrize("wrong", ["int8", "half32", torch.int64])
+def test_a_dtype_that_does_not_compute_is_refused(folder, wrong):
+    with pytest.raises(ValueError, match="dtype must be a floating-point dtype such as 'float32' or 'bfloat16', got"):
+        load_backbone(folder, dtype=wrong)
+
+
+def test_the_id_is_that_of_the_weights_in_either_precision_and_any_folder(folder, tiny_model):
+    loaded = [load_backbone(folder, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16")]
+    assert {backbone.ref.id for backbone in loaded} == {model_id(tiny_model, folder.name)}
+    assert not loaded[0].model.training

@@ -1,0 +1,280 @@
+"""The retriever finds passages, keeps each once, and is the same after save and load."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+from pic_rag.questions import read_rows
+from pic_rag.retrieval.documents import Document, load_documents
+from pic_rag.retrieval.retriever import Hit, Passage, Retriever, RetrieverError
+
+DEMO = Path(__file__).parents[2] / "pic_rag" / "demo"
+TEXTS = {
+    "frogs.md": "Glass frogs hide their red blood in the liver while they sleep.",
+    "trams.md": "The night tram connects the hospital with the port.",
+    "bread.md": "The starter is fed every morning with flour and water.",
+}
+
+
+def build_embedder(seed: int) -> SentenceTransformer:
+    """A real, tiny embedder: the mean of random word vectors, so texts that share words are near."""
+    words = sorted({word.strip(".").lower() for text in TEXTS.values() for word in text.split()} - {"the", "with"})
+    tokenizer = Tokenizer(models.WordLevel({word: row for row, word in enumerate(["[UNK]", *words])}, "[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    weights = torch.randn(len(words) + 1, 64, generator=torch.Generator().manual_seed(seed))
+    weights[0] *= 0.01
+    return SentenceTransformer(modules=[StaticEmbedding(tokenizer, embedding_weights=weights.numpy())], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def embedder() -> SentenceTransformer:
+    return build_embedder(seed=0)
+
+
+@pytest.fixture
+def documents() -> list[Document]:
+    return [Document.from_text(text, source=source, metadata={"kind": "note"}) for source, text in TEXTS.items()]
+
+
+@pytest.fixture
+def retriever(embedder: SentenceTransformer, documents: list[Document]) -> Retriever:
+    retriever = Retriever(embedder)
+    retriever.add(documents)
+    return retriever
+
+
+@pytest.mark.parametrize(
+    ("query", "source"),
+    [("Where do frogs hide blood?", "frogs.md"), ("hospital tram", "trams.md"), ("feed flour water", "bread.md")],
+)
+def test_the_best_hit_answers_the_query(retriever: Retriever, query: str, source: str) -> None:
+    hits = retriever.search(query, top_k=3)
+    assert hits[0].passage.source == source
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+
+def test_the_score_is_the_cosine_similarity(retriever: Retriever) -> None:
+    hit = retriever.search(TEXTS["frogs.md"], top_k=1)[0]
+    assert hit.score == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_passage_keeps_what_its_document_says(retriever: Retriever, documents: list[Document]) -> None:
+    passage = retriever.passages[0]
+    assert passage.id == f"{documents[0].id}-0"
+    assert (passage.text, passage.source) == (TEXTS["frogs.md"], "frogs.md")
+    assert passage.metadata == {"kind": "note", "start_character": 0}
+
+
+def test_adding_a_document_twice_adds_nothing(retriever: Retriever, documents: list[Document]) -> None:
+    assert retriever.add(documents) == 0
+    assert len(retriever) == 3
+    assert len(retriever.search("frogs", top_k=10)) == 3
+
+
+def test_a_changed_document_replaces_what_it_said_before_and_leaves_the_others(embedder) -> None:
+    words = "hospital port liver frogs night tram starter flour".split()
+    before = "\n\n".join(f"The {word}. " * 3 for word in words)
+    after = before.replace("frogs", "blood")
+    retriever = Retriever(embedder, passage_characters=50, overlap_characters=0)
+    retriever.add([Document.from_text(TEXTS["trams.md"], source="trams.md"), Document.from_text(before, source="a.md")])
+    kept = {passage.text for passage in retriever.passages if "frogs" not in passage.text}
+    changed = Document.from_text(after, source="a.md")
+    assert retriever.add([changed]) == 1
+    assert {passage.text for passage in retriever.passages if "blood" not in passage.text} == kept
+    assert {passage.id.rpartition("-")[0] for passage in retriever.passages if passage.source == "a.md"} == {changed.id}
+    for passage in retriever.passages:  # rows of the index are still the rows of the list
+        assert retriever.search(passage.text, top_k=1)[0].score == pytest.approx(1, abs=1e-5)
+        assert retriever.search(passage.text, top_k=1)[0].passage == passage
+    assert not any("frogs" in hit.passage.text for hit in retriever.search("frogs", top_k=99))
+
+
+def test_a_removed_source_is_not_found_any_more(retriever: Retriever, tmp_path: Path) -> None:
+    assert retriever.remove(["trams.md", "never.md"]) == 1
+    assert {hit.passage.source for hit in retriever.search("hospital tram", top_k=9)} == {"frogs.md", "bread.md"}
+    retriever.save(tmp_path)
+    again = Retriever.load(tmp_path, retriever._model)
+    assert again.passages == retriever.passages
+    assert again.add([Document.from_text(TEXTS["trams.md"], source="trams.md")]) == 1
+
+
+def test_the_same_text_from_two_sources_is_kept_twice(retriever: Retriever) -> None:
+    assert retriever.add([Document.from_text(TEXTS["frogs.md"], source="copy.md")]) == 1
+
+
+def test_long_documents_are_split_without_losing_a_word(embedder: SentenceTransformer) -> None:
+    retriever = Retriever(embedder, passage_characters=120, overlap_characters=30)
+    text = "\n\n".join(f"Paragraph {n}. " + " ".join(f"word{n}x{w}" for w in range(30)) for n in range(5))
+    passages = retriever.split(Document.from_text(text, source="long.md"))
+    assert max(len(passage.text) for passage in passages) <= 120
+    assert {word for passage in passages for word in passage.text.split()} == set(text.split())
+    for passage in passages:
+        assert text[passage.metadata["start_character"] :].startswith(passage.text)
+    assert len({passage.id for passage in passages}) == len(passages)
+
+
+def test_an_empty_retriever_finds_nothing(embedder: SentenceTransformer, tmp_path: Path) -> None:
+    retriever = Retriever(embedder)
+    assert retriever.add([]) == 0
+    assert retriever.search("anything") == []
+    retriever.save(tmp_path)
+    assert len(Retriever.load(tmp_path, embedder)) == 0
+
+
+def test_save_and_load_give_the_same_hits(retriever: Retriever, embedder: SentenceTransformer, tmp_path: Path) -> None:
+    retriever.save(tmp_path / "index")
+    loaded = Retriever.load(tmp_path / "index", embedder)
+    assert loaded.passages == retriever.passages
+    assert loaded.search("night port", top_k=3) == retriever.search("night port", top_k=3)
+    assert loaded.add([Document.from_text(TEXTS["bread.md"], source="bread.md")]) == 0
+
+
+def test_what_is_added_after_load_stays_aligned(
+    retriever: Retriever, embedder: SentenceTransformer, tmp_path: Path
+) -> None:
+    retriever.save(tmp_path)
+    loaded = Retriever.load(tmp_path, embedder)
+    loaded.add([Document.from_text("Water and flour, morning and night.", source="new.md")])
+    loaded.save(tmp_path)
+    again = Retriever.load(tmp_path, embedder)
+    for passage in again.passages:
+        assert again.search(passage.text, top_k=1)[0].passage == passage
+
+
+def test_save_replaces_its_own_files_and_leaves_others(retriever: Retriever, tmp_path: Path) -> None:
+    (tmp_path / "memories.sqlite").write_text("another room's")
+    retriever.save(tmp_path)
+    retriever.add([Document.from_text("The port sleeps.", source="port.md")])
+    retriever.save(tmp_path)
+    names = sorted(path.name.split(".")[0] + path.suffix for path in tmp_path.iterdir())
+    assert names == ["index.faiss", "memories.sqlite", "passages.jsonl", "retriever.json", "retriever.lock"]
+
+
+def test_a_save_that_fails_leaves_the_old_state(
+    retriever: Retriever, embedder: SentenceTransformer, tmp_path: Path
+) -> None:
+    retriever.save(tmp_path)
+    retriever.add([Document.from_text("A port.", source="path.md", metadata={"path": Path("x")})])
+    with pytest.raises(TypeError, match=r"metadata of document 'path.md' must hold JSON values"):
+        retriever.save(tmp_path)
+    assert len(Retriever.load(tmp_path, embedder)) == 3
+
+
+def test_a_killed_save_leaves_the_old_state(
+    retriever: Retriever, embedder: SentenceTransformer, tmp_path: Path
+) -> None:
+    retriever.save(tmp_path)
+    (tmp_path / "index.0123456789abcdef.faiss").write_bytes(b"whole, but not yet named by retriever.json")
+    (tmp_path / "passages.0123456789abcdef.jsonl.partial").write_bytes(b"half")
+    assert len(Retriever.load(tmp_path, embedder)) == 3
+    retriever.save(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4, "the next save removes what the killed one left"
+
+
+def test_another_embedder_is_refused_by_name(retriever: Retriever, tmp_path: Path) -> None:
+    retriever.save(tmp_path)
+    with pytest.raises(RetrieverError, match=r"embedder that made it, 'custom@.*got 'custom@.*embedder="):
+        Retriever.load(tmp_path, build_embedder(seed=1))
+
+
+def test_an_embedder_is_known_by_its_weights_not_by_its_path(
+    retriever: Retriever, embedder: SentenceTransformer, tmp_path: Path
+) -> None:
+    embedder.save(str(tmp_path / "moved"))
+    retriever.save(tmp_path / "index")
+    loaded = Retriever.load(tmp_path / "index", tmp_path / "moved", device="cpu")
+    assert loaded.embedder.startswith("moved@")
+    assert loaded.search("frogs", top_k=1)[0].passage.source == "frogs.md"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "retriever.json").unlink(), "no 'retriever.json'"),
+        (lambda folder: (folder / "retriever.json").write_text("{"), "unreadable 'retriever.json'"),
+        (lambda folder: (folder / "retriever.json").write_text('{"format_version": 9}'), "format_version 9"),
+        (lambda folder: (folder / "retriever.json").write_text('{"format_version": 1}'), "without 'embedder'"),
+        (lambda folder: next(folder.glob("index.*")).write_bytes(b"x"), "of another content"),
+        (lambda folder: next(folder.glob("passages.*")).unlink(), "no 'passages"),
+    ],
+    ids=["no manifest", "broken manifest", "other version", "short manifest", "index", "passages"],
+)
+def test_a_damaged_folder_is_a_clear_error(
+    retriever: Retriever, embedder: SentenceTransformer, tmp_path: Path, damage, message: str
+) -> None:
+    retriever.save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(RetrieverError, match=message) as error:
+        Retriever.load(tmp_path, embedder)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_threads_that_add_the_same_documents_add_them_once(
+    embedder: SentenceTransformer, documents: list[Document]
+) -> None:
+    retriever = Retriever(embedder)
+    threads = [threading.Thread(target=retriever.add, args=(documents,)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(retriever) == 3
+    assert retriever.search("tram")[0].passage.source == "trams.md"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"passage_characters": 0}, "passage_characters must be at least 1, got 0"),
+        ({"passage_characters": 100, "overlap_characters": 100}, "below passage_characters=100, got 100"),
+        ({"batch_size": 0}, "batch_size must be at least 1"),
+    ],
+)
+def test_settings_out_of_range_are_refused(embedder: SentenceTransformer, settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Retriever(embedder, **settings)
+
+
+def test_a_query_out_of_range_is_refused(retriever: Retriever) -> None:
+    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+        retriever.search("frogs", top_k=0)
+    with pytest.raises(ValueError, match="query must hold text, got ' '"):
+        retriever.search(" ")
+
+
+def test_a_string_is_not_a_document(retriever: Retriever) -> None:
+    with pytest.raises(TypeError, match="must be pic_rag.Document objects, got str"):
+        retriever.add(["text"])  # type: ignore[list-item]
+
+
+def test_a_hash_belongs_to_source_and_text() -> None:
+    passage = Passage(id="a-0", text="text", source="a.md")
+    assert passage.hash == Passage(id="b-7", text="text", source="a.md").hash
+    assert passage.hash != Passage(id="a-0", text="text", source="b.md").hash
+    assert Hit(passage, 0.5).passage is passage
+
+
+def test_the_demo_questions_are_answered_by_their_documents() -> None:
+    questions = [row.values for row in read_rows(DEMO / "questions.jsonl")]
+    texts = {Path(d.source).name: d.text for d in load_documents(DEMO, on_error="raise").documents}
+    assert len(questions) >= 10
+    assert len(texts) == 8
+    assert {q["source"] for q in questions} == set(texts)
+    assert all(q["answers"][0] in texts[q["source"]] for q in questions)
+
+
+@pytest.mark.embedded
+def test_the_embedded_retriever_finds_the_document_of_every_demo_question() -> None:
+    retriever = Retriever()
+    retriever.add(load_documents(DEMO).documents)
+    for question in (row.values for row in read_rows(DEMO / "questions.jsonl")):
+        hits = retriever.search(question["question"], top_k=3)
+        assert any(question["answers"][0] in hit.passage.text for hit in hits), question
+        assert Path(hits[0].passage.source).name == question["source"]
