@@ -411,8 +411,8 @@ def test_eval_scores_systems_and_writes_the_report(options, tmp_path, capsys) ->
         ("pic", 4, 2), ("pic", 8, 2), ("text", None, 2), ("none", None, 2),
     ]  # fmt: skip
     assert set(report["rows"][0]) == {
-        "system", "ratio", "n", "f1", "em", "contains_answer", "agreement", "prompt_tokens_mean", "text_tokens_mean",
-        "too_long", "document_bytes_mean", "seconds",
+        "system", "ratio", "n", "f1", "em", "contains_answer", "agreement", "reader_agreement",
+        "prompt_tokens_mean", "text_tokens_mean", "too_long", "document_bytes_mean", "seconds",
     }  # fmt: skip
     assert {"config", "versions"} < set(report)
     table = capsys.readouterr().out.splitlines()

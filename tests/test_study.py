@@ -16,7 +16,7 @@ from pic_rag.cli import main
 from pic_rag.config import PRESETS
 from pic_rag.study.config import CONFIGS, StudyConfig
 from pic_rag.study.records import best, read_results, read_run
-from pic_rag.study.report import write_report
+from pic_rag.study.report import render, write_report
 from pic_rag.study.runner import run_study
 from pic_rag.study.watch import Watch
 from pic_rag.training.loop import Trainer
@@ -51,6 +51,16 @@ def measured(folder: Path) -> dict[str, list[dict]]:
     files = sorted((folder / "metrics").iterdir())
     lines = {file.name: [json.loads(line) for line in file.read_text().splitlines()] for file in files}
     return {name: [{**line, "seconds": 0} for line in own] for name, own in lines.items()}
+
+
+def test_a_study_without_bounds_measures_its_arms_alone(smoke, tmp_path) -> None:
+    measured = dataclasses.replace(smoke.measured, bounds=())
+    study = dataclasses.replace(smoke, arms={"pic": {}}, measured=measured, reference=None)
+    assert run_study(study, tmp_path, progress=False)
+    results = read_results(tmp_path)
+    assert results.runs["pic"][0].finished
+    assert results.bounds == []
+    assert "pic" in render(results)
 
 
 def test_every_arm_is_measured_at_every_ratio_when_it_is_due(folder, smoke) -> None:
@@ -161,7 +171,7 @@ def test_the_report_needs_no_model(folder) -> None:
     import subprocess
 
     script = (
-        "import sys; from pic_rag.study.report import write_report; write_report(sys.argv[1]); "
+        "import sys; from pic_rag.study.report import render, write_report; write_report(sys.argv[1]); "
         "print(sorted({'torch', 'transformers', 'pic_rag.generation.generator'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True)

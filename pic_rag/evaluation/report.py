@@ -24,6 +24,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "em": ("EM", lambda row: percent(row["em"])),
     "contains": ("answer contained", lambda row: percent(row["contains_answer"])),
     "agreement": ("agreement", lambda row: percent(row["agreement"])),
+    "reader_agreement": ("agreement, read with the reader", lambda row: percent(row["reader_agreement"])),
     "prompt": ("prompt tokens", lambda row: _number(row, "prompt_tokens_mean", ".0f")),
     "text": ("text tokens", lambda row: _number(row, "text_tokens_mean", ".0f")),
     "too_long": ("too long", lambda row: _number(row, "too_long", "")),

@@ -41,6 +41,8 @@ class Row:
         contains_answer: share of the answers that hold a right answer, word for word.
         agreement: F1 against the same generator's answer from the full text, over the questions whose full text fits
             the generator's context; None when none does.
+        reader_agreement: the same against the answer that the generator with its reader gives from the full text; None
+            where `text+reader` is no system of the run.
         prompt_tokens_mean: rows the generator read for a question whose prompt fits: memory tokens, question, markers.
         text_tokens_mean: tokens of the full text of a question's documents.
         too_long: questions whose prompt does not fit the generator's context: not answered, scored 0.
@@ -55,6 +57,7 @@ class Row:
     em: float
     contains_answer: float
     agreement: float | None
+    reader_agreement: float | None
     prompt_tokens_mean: float | None
     text_tokens_mean: float
     too_long: int
@@ -185,9 +188,11 @@ class _Run:
     ) -> Iterator[Row]:
         """Answer and score, row by row."""
         full_text = self._answer("text", None, bar, progress)
+        read = self._answer("text+reader", None, bar, progress) if ("text+reader", None) in plan else None
+        known = {"text": full_text, "text+reader": read}
         for system, ratio in plan:
-            given = full_text if system == "text" else self._answer(system, ratio, bar, progress)
-            scored = [self._score(number, given, full_text) for number in range(len(self.questions))]
+            given = known.get(system) or self._answer(system, ratio, bar, progress)
+            scored = [self._score(number, given, full_text, read) for number in range(len(self.questions))]
             if lines is not None:
                 for line in scored:
                     lines.write(json.dumps({"system": system, "ratio": ratio, **line}, ensure_ascii=False) + "\n")
@@ -231,14 +236,16 @@ class _Run:
             )
             bar.update(len(shown[part]))
 
-    def _score(self, number: int, given: _Answers, full_text: _Answers) -> dict[str, Any]:
+    def _score(self, number: int, given: _Answers, full_text: _Answers, read: _Answers | None) -> dict[str, Any]:
         """One line of the predictions."""
         question, reference = self.questions[number], full_text.generations[number]
+        read_reference = None if read is None else read.generations[number]
         return {
             "id": question.id,
             "question": question.question,
             "answers": list(question.answers),
             **self._judge(given.generations[number], question.answers, reference),
+            "reader_agreement": self._agreement(given.generations[number], read_reference),
             "text_tokens": self.text_tokens[number],
         }
 
@@ -246,10 +253,9 @@ class _Run:
         self, generation: Generation | None, answers: Sequence[str], reference: Generation | None
     ) -> dict[str, Any]:
         """An answer's scores: 0 where the prompt was too long; no agreement where the full text was."""
-        full_text = None if reference is None else self.task.answer(reference.text)
+        agreed = self._agreement(generation, reference)
         if generation is None:
             nothing = dict.fromkeys(("f1", "em", "contains_answer"), 0.0)
-            agreed = None if full_text is None else 0.0
             return {"prediction": None, **nothing, "agreement": agreed, "prompt_tokens": None}
         said = self.task.answer(generation.text)
         return {
@@ -257,9 +263,17 @@ class _Run:
             "f1": f1(said, answers),
             "em": self.task.exact_match(said, answers),
             "contains_answer": contains_answer(said, answers),
-            "agreement": None if full_text is None else agreement(said, full_text),
+            "agreement": agreed,
             "prompt_tokens": generation.prompt_tokens,
         }
+
+    def _agreement(self, generation: Generation | None, reference: Generation | None) -> float | None:
+        """F1 of an answer against that from the full text: 0 without an answer, None without one to compare with."""
+        if reference is None:
+            return None
+        return (
+            0.0 if generation is None else agreement(*(self.task.answer(each.text) for each in (generation, reference)))
+        )
 
 
 def _row(system: str, ratio: int | None, scored: Sequence[dict[str, Any]], given: _Answers) -> Row:
@@ -275,6 +289,7 @@ def _row(system: str, ratio: int | None, scored: Sequence[dict[str, Any]], given
         em=fmean(line["em"] for line in scored),
         contains_answer=fmean(line["contains_answer"] for line in scored),
         agreement=mean("agreement"),
+        reader_agreement=mean("reader_agreement"),
         prompt_tokens_mean=mean("prompt_tokens"),
         text_tokens_mean=fmean(line["text_tokens"] for line in scored),
         too_long=sum(line["prompt_tokens"] is None for line in scored),

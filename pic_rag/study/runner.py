@@ -76,7 +76,7 @@ def _train(
     trainer = Trainer(config, Accelerator())
     begin_lines(path, head, trainer.step)
     bounds = path.with_name(BOUNDS_FILE)
-    if not bounds.exists():
+    if measured.bounds and not bounds.exists():
         compressor = trainer.out / COMPRESSOR_FOLDER
         trainer.export(compressor)
         rows = answers(measured, questions, measured.bounds, compressor, trainer, progress)

@@ -363,6 +363,19 @@ def test_agreement_is_with_the_full_text_answer_even_when_text_is_not_asked_for(
     assert alone[0].agreement == both[1].agreement == sum(wanted) / 3 < 1.0
 
 
+def test_the_readers_agreement_is_with_what_it_answers_from_the_full_text(
+    compressor_with_reader: Compressor, tmp_path: Path
+) -> None:
+    systems = ["text+reader", "pic", "none"]
+    rows = {row.system: row for row in run(compressor_with_reader, systems, predictions=tmp_path / "said.jsonl").rows}
+    said = {(line["system"], line["id"]): line["prediction"] for line in read_lines(tmp_path / "said.jsonl")}
+    for system, row in rows.items():
+        wanted = [agreement(said[system, f"q{n}"], said["text+reader", f"q{n}"]) for n in (1, 2, 3)]
+        assert row.reader_agreement == pytest.approx(sum(wanted) / 3)
+    assert rows["text+reader"].reader_agreement == 1.0
+    assert run(compressor_with_reader, ["none"]).rows[0].reader_agreement is None
+
+
 def test_predictions_hold_what_the_row_is_the_mean_of(compressor: Compressor, tmp_path: Path) -> None:
     report = run(compressor, ["pic"], (8,), predictions=tmp_path / "new" / "said.jsonl")
     lines = [json.loads(line) for line in (tmp_path / "new" / "said.jsonl").read_text().splitlines()]
