@@ -78,7 +78,7 @@ def plan(suite: Suite) -> Iterator[Case]:
 
 def _lingua_versions(systems: Systems, suite: Suite) -> dict[str, str]:
     """Of LLMLingua and what it runs on, if it runs."""
-    for name in LINGUA_SYSTEMS.intersection(suite.systems):
+    for name in LINGUA_SYSTEMS.keys() & suite.systems:
         try:
             return {f"llmlingua's {package}": known for package, known in systems.lingua(name).versions.items()}
         except LinguaError:

@@ -40,10 +40,10 @@ def add_parser(commands: Commands) -> None:
         type=names,
         default=names("pic,text,none,truncate,pool"),
         metavar="A,B",
-        help="of pic, text, none, truncate, pool, extract (default: the first five), text+reader and truncate+reader: "
-        "read with the compressor's reader on, pic@bf16, pic@int8, pic@int4: memories as a store of that precision "
-        "gives them back, and llmlingua, longllmlingua, "
-        "llmlingua2: text shortened by what PIC_RAG_LLMLINGUA_PYTHON names",
+        help="of pic, text, none, truncate, pool, extract (default: the first five); pic@bf16, pic@int8, pic@int4: "
+        "memories as a store of that precision gives them back; llmlingua, longllmlingua, llmlingua2: text shortened "
+        "by what PIC_RAG_LLMLINGUA_PYTHON names; and text+reader, truncate+reader, extract+reader, ...: the same text "
+        "read with the compressor's reader on",
     )
     parser.add_argument(
         "--ratios", type=_ratios, default=(4, 16, 64), metavar="N,M", help="text tokens per memory token (4,16,64)"

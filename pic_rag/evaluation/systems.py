@@ -31,27 +31,39 @@ from pic_rag.questions import Question
 AT_REST_SYSTEMS: dict[str, AtRest] = {"pic@bf16": "bf16", "pic@int8": "int8", "pic@int4": "int4"}
 """The systems that read memories as a store gives them back, by what they were kept as."""
 
-SYSTEMS = {
-    "pic": "memories of the compressor",
-    "text": "full text",
-    "none": "no documents",
-    "truncate": "the beginning of each document, as many tokens as its memory has",
-    "pool": "memories of an untrained mean pooler",
-    "extract": "the sentences most similar to the question, as many tokens as the memories have",
+LINGUA_SYSTEMS = {
     "llmlingua": "text shortened by LLMLingua to about as many tokens as the memories have",
     "longllmlingua": "the same by LongLLMLingua, which knows the question",
     "llmlingua2": "the same by LLMLingua-2, whose token classifier has to be named",
-    "text+reader": "full text, read with the reader switched on",
-    "truncate+reader": "the beginning of each document, as for truncate, read with the reader switched on",
+}
+"""The systems that need an environment with LLMLingua, see `pic_rag.evaluation.lingua`."""
+
+_READER = "+reader"
+
+_TEXT_SYSTEMS = {
+    "text": "full text",
+    "truncate": "the beginning of each document, as many tokens as its memory has",
+    "extract": "the sentences most similar to the question, as many tokens as the memories have",
+    **LINGUA_SYSTEMS,
+}
+
+SYSTEMS = {
+    "pic": "memories of the compressor",
+    "none": "no documents",
+    "pool": "memories of an untrained mean pooler",
+    **_TEXT_SYSTEMS,
+    **{f"{name}{_READER}": f"{what}, read with the reader switched on" for name, what in _TEXT_SYSTEMS.items()},
     **{name: f"memories of the compressor, kept as {at_rest}" for name, at_rest in AT_REST_SYSTEMS.items()},
 }
 """Every system by name, with what it puts in the prompt."""
 
-LINGUA_SYSTEMS = frozenset({"llmlingua", "longllmlingua", "llmlingua2"})
-"""The systems that need an environment with LLMLingua, see `pic_rag.evaluation.lingua`."""
-
-RATIO_SYSTEMS = frozenset({"pic", "truncate", "truncate+reader", "pool", "extract", *AT_REST_SYSTEMS}) | LINGUA_SYSTEMS
+RATIO_SYSTEMS = frozenset(SYSTEMS) - {"none", "text", f"text{_READER}"}
 """The systems whose prompt depends on the ratio."""
+
+
+def _shows_as(system: str) -> str:
+    """The system that shows the same: without the reader's name."""
+    return system.removesuffix(_READER)
 
 
 @dataclass(frozen=True)
@@ -107,26 +119,24 @@ class Systems:
         self._show: dict[str, Callable[[Sequence[Question], int, bool | None], list[Shown]]] = {
             "pic": self._compress,
             **{name: partial(self._keep, at_rest) for name, at_rest in AT_REST_SYSTEMS.items()},
-            "text": self._full_text,
             "none": lambda questions, *_: [Shown([]) for _ in questions],
-            "truncate": self._truncate,
             "pool": self._pool,
+            "text": self._full_text,
+            "truncate": self._truncate,
             "extract": self._extract,
             **{name: partial(self._lingua_text, name) for name in LINGUA_SYSTEMS},
-            "text+reader": self._full_text,
-            "truncate+reader": self._truncate,
         }
 
     def check(self, system: str) -> None:
         """Raise ValueError when there is no such system or the compressor cannot serve it, LinguaError for its own."""
         if system not in SYSTEMS:
             raise ValueError(f"systems must be some of {', '.join(SYSTEMS)}, got {system!r}.")
-        if system.endswith("+reader") and self.compressor.reader is None:
+        if system.endswith(_READER) and self.compressor.reader is None:
             raise ValueError(
                 f"system {system!r} must have a compressor with a reader, got one without. Leave the system out."
             )
-        if system in LINGUA_SYSTEMS:
-            self.lingua(system)
+        if _shows_as(system) in LINGUA_SYSTEMS:
+            self.lingua(_shows_as(system))
 
     def lingua(self, system: str) -> Lingua:
         """LLMLingua as a system needs it: started by the first who asks.
@@ -151,7 +161,7 @@ class Systems:
             ValueError: when the system or the ratio is not served.
         """
         self.check(system)
-        return self._show[system](questions, self.compressor.config.check_ratio(ratio), progress)
+        return self._show[_shows_as(system)](questions, self.compressor.config.check_ratio(ratio), progress)
 
     def answer(
         self,
@@ -173,7 +183,7 @@ class Systems:
         fitting = [at for at, prompt in enumerate(prompts) if generator.count_tokens(prompt, memories) <= room]
         asked = [prompts[at] for at in fitting]
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-        if system.endswith("+reader"):
+        if system.endswith(_READER):
             generator, reader = self._text_reader
             with reader.on():
                 answers = generator.generate(asked, **options)

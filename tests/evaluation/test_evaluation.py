@@ -40,8 +40,8 @@ LINES = [
     {"id": "q2", "question": "What does the tram cost?", "answers": ["three euros", "3"], "contexts": [TRAMS, BEES]},
     {"id": "q3", "question": "When do bees sleep?", "answers": ["at night"], "contexts": [BEES]},
 ]
-KEYS = ["system", "ratio", "n", "f1", "em", "contains_answer", "agreement", "prompt_tokens_mean", "text_tokens_mean"]
-KEYS += ["too_long", "document_bytes_mean"]
+KEYS = ["system", "ratio", "n", "f1", "em", "contains_answer", "agreement", "reader_agreement"]
+KEYS += ["prompt_tokens_mean", "text_tokens_mean", "too_long", "document_bytes_mean"]
 MAX_NEW_TOKENS = 8
 
 
@@ -398,13 +398,14 @@ def test_a_report_is_saved_as_json(compressor: Compressor, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("names", "ratios", "message"),
     [
-        (["pic", "magic"], (4,), "systems must be some of pic, text, .* got 'magic'"),
+        (["pic", "magic"], (4,), "systems must be some of pic, .* got 'magic'"),
         ([], (4,), "systems must be a list of at least one name"),
         ("pic", (4,), "systems must be a list of at least one name, got 'pic'"),
         (["pic"], (5,), "ratio must be one of 4, 8, 16, 32 "),
         (["pic"], (), "ratios must hold at least one ratio"),
         (["text+reader"], (4,), r"'text\+reader' must have a compressor with a reader"),
         (["truncate+reader"], (4,), r"'truncate\+reader' must have a compressor with a reader"),
+        (["pic+reader"], (4,), r"systems must be some of pic, .*, got 'pic\+reader'"),
     ],
 )
 def test_a_run_that_cannot_be_is_refused_before_anything_is_answered(
