@@ -19,6 +19,7 @@ _ROOMS = {
     "FidelityCheck": "fidelity",
     "Generation": "answering",
     "Generator": "generator",
+    "HandleSigner": "store",
     "Memory": "memory",
     "MemoryCache": "store",
     "MemoryFormatError": "memory",
@@ -53,6 +54,7 @@ __all__ = [
     "FidelityCheck",
     "Generation",
     "Generator",
+    "HandleSigner",
     "Memory",
     "MemoryCache",
     "MemoryFormatError",
@@ -93,7 +95,7 @@ if TYPE_CHECKING:
     from pic_rag.rag import PicRag
     from pic_rag.retriever import Retriever
     from pic_rag.shared import shared_checkpoint, shared_compressor, shared_generator, shared_store, unload_shared
-    from pic_rag.store import MemoryCache, MemoryStore, ShardStore, SQLiteStore, StoreError
+    from pic_rag.store import HandleSigner, MemoryCache, MemoryStore, ShardStore, SQLiteStore, StoreError
     from pic_rag.vllm import VLLMGenerator
 
 

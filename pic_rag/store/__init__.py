@@ -12,14 +12,16 @@ if TYPE_CHECKING:
     from pic_rag.store.cache import MemoryCache
     from pic_rag.store.protocol import MemoryStore, StoreError
     from pic_rag.store.shards import ShardStore
+    from pic_rag.store.signing import HandleSigner
     from pic_rag.store.sqlite import SQLiteStore
 
 STORE_FILE = "memories.sqlite"
 """Name of the default store, in the cache folder or in an index."""
 
-__all__ = ["STORE_FILE", "MemoryCache", "MemoryStore", "SQLiteStore", "ShardStore", "StoreError"]
+__all__ = ["STORE_FILE", "HandleSigner", "MemoryCache", "MemoryStore", "SQLiteStore", "ShardStore", "StoreError"]
 
 _HOMES = {
+    "HandleSigner": "signing",
     "MemoryCache": "cache",
     "MemoryStore": "protocol",
     "SQLiteStore": "sqlite",

@@ -1,0 +1,131 @@
+"""Signed handles: how the handles that a retriever put into a prompt are told from those that somebody typed.
+
+A prompt is text, and whoever has a text and a compressor can compute its handle. So what is handed out to be printed
+into a prompt is signed, ``[[pic:<64 lowercase hex>]]``: the handle (32), the day (4) and a code over both (28), made
+with a key that the namespace keeps in its store. A handle without a signature, of another namespace or too old is never
+read, wherever it comes from: a computed one, one out of a log or a database, one planted in a document weeks ago.
+
+The same text has the same signed handle all day, so caches of prompts hit. What a signature cannot tell is who copied
+it: whoever is shown a signed handle can use it too, in its namespace, until it is too old.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import functools
+import hmac
+import logging
+import re
+import secrets
+import threading
+import time
+
+from pic_rag.handles import HANDLE_PATTERN, UnknownHandleError, find_handles
+from pic_rag.store.protocol import MemoryStore
+
+logger = logging.getLogger(__name__)
+
+_KEY_BYTES = 32
+_DAY_DIGITS = 4  # of hex: until the year 2149
+_CODE_DIGITS = 28
+_DAY_SECONDS = 86400
+
+_REMEDY = (
+    "Only what a compressor of this store and namespace handed out today or yesterday is read. Retrieve again, with "
+    "the same store and namespace for compressor and LLM, or pass what users type through escape_handles."
+)
+
+_making_key = threading.Lock()
+
+
+class HandleSigner:
+    """Signs the handles of one namespace of a store, and checks signatures.
+
+    The key is read when it is first needed; make a signer for each call rather than one for good.
+
+    Args:
+        store: where the namespace's key is kept, under `<namespace>/key`. Deleting it voids all handles signed so far.
+        namespace: as for `MemoryCache`.
+    """
+
+    def __init__(self, store: MemoryStore, namespace: str = "default") -> None:
+        """Touch nothing yet."""
+        self.store = store
+        self.namespace = namespace
+
+    def sign(self, handle: str) -> str:
+        """The handle, signed today.
+
+        Raises:
+            ValueError: it is not a handle, or is signed already.
+        """
+        match = HANDLE_PATTERN.fullmatch(handle)
+        if match is None or match.group(2):
+            raise ValueError(f"handle must be [[pic:<32 lowercase hex>]], got {handle!r}.")
+        return self._signed(match.group(1), _today())
+
+    def verify(self, signed: str, *, any_age: bool = False) -> str | None:
+        """The handle without its signature, or None when it is not one that this namespace signed lately.
+
+        Args:
+            signed: a signed handle, or any text.
+            any_age: accept one that was signed before yesterday too: for what no user or document can have written.
+        """
+        match = HANDLE_PATTERN.fullmatch(signed)
+        if match is None or not match.group(2):
+            return None
+        digits, day = match.group(1), int(match.group(2)[:_DAY_DIGITS], 16)
+        if not hmac.compare_digest(signed, self._signed(digits, day)):
+            return None
+        # A day ahead as well: clocks of two machines differ around midnight.
+        return f"[[pic:{digits}]]" if any_age or abs(_today() - day) <= 1 else None
+
+    def unsign(self, text: str) -> str:
+        """The text with each signed handle as a plain one: what a generator and `restore` read.
+
+        Raises:
+            UnknownHandleError: a handle in the text is not signed by this namespace, or too old.
+        """
+        known = {signed: handle for signed in find_handles(text) if (handle := self.verify(signed))}
+
+        def handle_of(match: re.Match[str]) -> str:
+            if match.group() not in known:
+                raise UnknownHandleError(match.group(), len(known), _REMEDY)
+            return known[match.group()]
+
+        return HANDLE_PATTERN.sub(handle_of, text)
+
+    def _signed(self, digits: str, day: int) -> str:
+        dated = f"{digits}{day:0{_DAY_DIGITS}x}"
+        code = hmac.digest(self._key, f"{self.namespace}/{dated}".encode(), "sha256").hex()[:_CODE_DIGITS]
+        return f"[[pic:{dated}{code}]]"
+
+    @functools.cached_property
+    def _key(self) -> bytes:
+        """The namespace's key, made by the first who needs it.
+
+        Two processes that make it at the same moment agree on the second one's; what the first signed in between is
+        refused once.
+        """
+        name = f"{self.namespace}/key"
+        with _making_key:
+            [key] = self.store.mget([name])
+            if key is None:
+                try:
+                    self.store.mset([(name, secrets.token_bytes(_KEY_BYTES))])
+                except Exception as error:  # a store of another library raises what it likes
+                    logger.warning("The store keeps no key, so its handles are read in this process only: %s", error)
+                [key] = self.store.mget([name])
+        if key is not None and len(key) != _KEY_BYTES:
+            raise ValueError(f"{name} must be {_KEY_BYTES} bytes in the store, got {len(key)}. Delete it.")
+        return _process_key() if key is None else key
+
+
+@functools.cache
+def _process_key() -> bytes:
+    return secrets.token_bytes(_KEY_BYTES)
+
+
+def _today() -> int:
+    return int(time.time() // _DAY_SECONDS)
