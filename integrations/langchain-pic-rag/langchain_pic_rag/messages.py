@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages import AIMessageChunk, BaseMessage, convert_to_openai_messages
@@ -11,7 +11,7 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
 
-from langchain_pic_rag.texts import content_handles, map_content
+from langchain_pic_rag.texts import map_text
 from langchain_pic_rag.tools import format_calls, parse_calls, tool_instructions
 from pic_rag import escape_handles, find_handles
 
@@ -45,20 +45,28 @@ def _text(content: str | list[dict[str, Any]] | None) -> str:
     return "\n".join(part["text"] for part in content or [] if part.get("type") == "text")
 
 
-def all_handles(messages: Sequence[BaseMessage]) -> list[str]:
-    """Handles in all messages, in order, with repeats."""
-    return [handle for message in messages for handle in content_handles(message)]
+def map_prompt(prompt: Sequence[dict[str, Any]], change: Callable[[str], str]) -> list[dict[str, Any]]:
+    """The prompt with every text in it changed, tools and tool calls included."""
+    return [{**message, "content": map_text(message.get("content") or "", change)} for message in prompt]
 
 
-def only_handles(message: BaseMessage, allowed: set[str]) -> BaseMessage:
-    """The message with every handle that is not allowed turned into text."""
+def prompt_handles(prompt: Sequence[dict[str, Any]]) -> list[str]:
+    """Handles of a prompt, in order, with repeats."""
+    handles: list[str] = []
 
-    def keep(text: str) -> str:
-        for handle in set(find_handles(text)) - allowed:
-            text = text.replace(handle, escape_handles(handle))
+    def collect(text: str) -> str:
+        handles.extend(find_handles(text))
         return text
 
-    return message.model_copy(update={"content": map_content(message, keep)})
+    map_prompt(prompt, collect)
+    return handles
+
+
+def only_handles(text: str, allowed: Collection[str]) -> str:
+    """The text with every handle that is not allowed turned into text."""
+    for handle in set(find_handles(text)).difference(allowed):
+        text = text.replace(handle, escape_handles(handle))
+    return text
 
 
 def usage(generation: Generation) -> UsageMetadata:

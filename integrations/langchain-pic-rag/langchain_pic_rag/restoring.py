@@ -11,11 +11,13 @@ from langchain_core.prompt_values import ChatPromptValue, PromptValue, StringPro
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 
 import pic_rag
-from langchain_pic_rag.metadata import SOURCE_TEXT, holds_handle, without_memory
+from langchain_pic_rag.metadata import SOURCE_TEXT, is_compressed, without_memory
 from langchain_pic_rag.settings import StoreSettings
 from langchain_pic_rag.sources import SourceTexts
 from langchain_pic_rag.texts import content_handles, map_content
-from pic_rag import MemoryStore, UnknownHandleError, shared_store
+from pic_rag import HandleSigner, MemoryStore, UnknownHandleError, shared_store
+
+_REMEDY = "Neither the document's metadata nor this namespace of the store has its text: compress the original again."
 
 
 def restore_documents(
@@ -34,28 +36,32 @@ def restore_documents(
     Raises:
         UnknownHandleError: a document's text is in neither place.
     """
-    sources = SourceTexts(store if store is not None else shared_store(), namespace)
-    return [restore_document(document, sources) for document in documents]
+    store = store if store is not None else shared_store()
+    sources, signer = SourceTexts(store, namespace), HandleSigner(store, namespace)
+    return [restore_document(document, sources, signer, any_age=True) for document in documents]
 
 
-def restore_document(document: Document, sources: SourceTexts) -> Document:
+def restore_document(
+    document: Document, sources: SourceTexts, signer: HandleSigner, *, any_age: bool = False
+) -> Document:
     """One document as it was before it was compressed.
 
     Raises:
-        UnknownHandleError: neither its metadata nor the store holds its text.
+        UnknownHandleError: its metadata does not hold its text, and no signature entitles it to one of the store's.
     """
-    text = _source_text(document, sources) if holds_handle(document) else document.page_content
+    text = document.page_content
+    if is_compressed(document):
+        kept = document.metadata.get(SOURCE_TEXT)
+        text = str(kept) if isinstance(kept, str) else _stored_text(text, sources, signer, any_age)
     return document.model_copy(update={"page_content": text, "metadata": without_memory(document)})
 
 
-def _source_text(document: Document, sources: SourceTexts) -> str:
-    if isinstance(text := document.metadata.get(SOURCE_TEXT), str):
-        return text
-    handle = document.page_content
-    found = sources.get([handle])
-    if handle not in found:
-        raise UnknownHandleError(handle, 0)
-    return found[handle]
+def _stored_text(signed: str, sources: SourceTexts, signer: HandleSigner, any_age: bool) -> str:
+    handle = signer.verify(signed, any_age=any_age)
+    text = None if handle is None else sources.get([handle]).get(handle)
+    if text is None:
+        raise UnknownHandleError(signed, 0, _REMEDY)
+    return text
 
 
 class PICRestore(StoreSettings, RunnableSerializable[Any, Any]):
@@ -71,7 +77,7 @@ class PICRestore(StoreSettings, RunnableSerializable[Any, Any]):
         """Restore a prompt or documents.
 
         Raises:
-            UnknownHandleError: a handle's text is not in this namespace of the store.
+            UnknownHandleError: a handle was not handed out in this namespace lately, or its text is not in the store.
         """
         return self._call_with_config(self._restore, input, config, **kwargs)
 
@@ -85,7 +91,7 @@ class PICRestore(StoreSettings, RunnableSerializable[Any, Any]):
         if isinstance(value, BaseMessage):
             return self._restore_message(value)
         if isinstance(value, Document):
-            return restore_document(value, self.sources)
+            return restore_document(value, self.sources, self.signer)
         if isinstance(value, (list, tuple)):
             return [self._restore(item) for item in value]
         raise TypeError(
@@ -94,7 +100,8 @@ class PICRestore(StoreSettings, RunnableSerializable[Any, Any]):
         )
 
     def _restore_text(self, text: str) -> str:
-        return str(pic_rag.restore(text, self.sources.get(pic_rag.find_handles(text))))
+        read = self.signer.unsign(text)
+        return str(pic_rag.restore(read, self.sources.get(pic_rag.find_handles(read))))
 
     def _restore_message(self, message: BaseMessage) -> BaseMessage:
         if not content_handles(message):
