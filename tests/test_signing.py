@@ -52,8 +52,8 @@ def test_a_signed_handle_is_printable_and_safe_in_templates(signer: HandleSigner
 def test_signed_handles_become_handles_and_the_text_around_them_stays(signer: HandleSigner) -> None:
     """Repeats and all."""
     first, second = signer.sign(HANDLE), signer.sign(OTHER)
-    assert signer.unsign(f"{first} a {second}{first}") == f"{HANDLE} a {OTHER}{HANDLE}"
-    assert signer.unsign("no handle") == "no handle"
+    assert signer.unsign(f"{first} a {second}{first}") == (f"{HANDLE} a {OTHER}{HANDLE}", [HANDLE, OTHER, HANDLE])
+    assert signer.unsign("no handle") == ("no handle", [])
 
 
 def test_all_signers_of_a_namespace_agree_all_day(store: InMemoryByteStore) -> None:
@@ -95,7 +95,7 @@ def test_no_digit_of_a_signed_handle_can_be_changed(signer: HandleSigner) -> Non
 def test_what_only_looks_like_a_signed_handle_is_text(disguise, signer: HandleSigner) -> None:  # noqa: ANN001
     """It is left as it is: it can never be read."""
     typed = disguise(signer.sign(HANDLE))
-    assert signer.unsign(typed) == typed
+    assert signer.unsign(typed) == (typed, [])
 
 
 def test_a_disguise_that_somebody_takes_off_is_checked_like_any_handle(signer: HandleSigner) -> None:
@@ -184,3 +184,48 @@ def test_a_signed_handle_is_no_key_of_the_cache(signer: HandleSigner) -> None:
     """Memories are looked up only after the signature was checked."""
     with pytest.raises(ValueError, match="handle must be"):
         MemoryCache(InMemoryByteStore(), "ab" * 32).get([signer.sign(HANDLE)])
+
+
+def test_messages_are_read_in_every_role_and_in_parts(signer: HandleSigner) -> None:
+    """Content that is no text stays; a role alone never decides."""
+    signed = signer.sign(HANDLE)
+    image = {"type": "image_url", "image_url": {"url": "data:"}}
+    for role in ("system", "user", "assistant", "tool"):
+        prompt = [
+            {"role": role, "content": [{"type": "text", "text": f"a{signed}"}, signed, image]},
+            {"role": "user", "content": "?"},
+            {"role": "assistant", "content": None},
+        ]
+        read, handles = signer.unsign(prompt)
+        assert read[0] == {"role": role, "content": [{"type": "text", "text": f"a{HANDLE}"}, HANDLE, image]}
+        assert list(read[1:]) == prompt[1:]
+        assert handles == [HANDLE, HANDLE]
+
+
+@pytest.mark.parametrize("documents", ["system", "tool"])
+@pytest.mark.parametrize("people", ["user", "assistant"])
+def test_where_documents_have_their_place_people_bring_in_no_handle(
+    documents: str, people: str, signer: HandleSigner
+) -> None:
+    """Even a handle that the application showed to the user a minute ago."""
+    shown = signer.sign(OTHER)
+    prompt = [
+        {"role": documents, "content": signer.sign(HANDLE)},
+        {"role": people, "content": f"What is {shown}?"},
+        {"role": "user", "content": "And now?"},
+    ]
+    with pytest.raises(UnknownHandleError, match="this handle where people write"):
+        signer.unsign(prompt)
+    read, handles = signer.unsign(prompt, only=[signer.sign(HANDLE)])
+    assert handles == [HANDLE]
+    assert read[1]["content"] == f"What is {escape_handles(shown)}?"
+
+
+def test_who_names_the_handles_has_no_others_read_and_no_error(signer: HandleSigner) -> None:
+    """Unless one that is named was not handed out."""
+    first, second = signer.sign(HANDLE), signer.sign(OTHER)
+    text, handles = signer.unsign(f"{first} {second} {HANDLE}", only=[second])
+    assert text == f"{escape_handles(first)} {OTHER} {escape_handles(HANDLE)}"
+    assert handles == [OTHER]
+    with pytest.raises(UnknownHandleError):
+        signer.unsign(HANDLE, only=[HANDLE])

@@ -20,9 +20,13 @@ import re
 import secrets
 import threading
 import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
-from pic_rag.handles import HANDLE_PATTERN, UnknownHandleError, find_handles
+from pic_rag.handles import HANDLE_PATTERN, UnknownHandleError, escape_handles, find_handles
 from pic_rag.store.protocol import MemoryStore
+
+Messages = Sequence[Mapping[str, Any]]
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +39,12 @@ _REMEDY = (
     "Only what a compressor of this store and namespace handed out today or yesterday is read. Retrieve again, with "
     "the same store and namespace for compressor and LLM, or pass what users type through escape_handles."
 )
+
+_PEOPLE_REMEDY = (
+    "The documents of this prompt stand in its system or tool messages, and this handle where people write. Put all "
+    "documents there, or pass what users type through escape_handles."
+)
+_DOCUMENT_ROLES = ("system", "developer", "tool", "function")
 
 _making_key = threading.Lock()
 
@@ -81,13 +91,41 @@ class HandleSigner:
         # A day ahead as well: clocks of two machines differ around midnight.
         return f"[[pic:{digits}]]" if any_age or abs(_today() - day) <= 1 else None
 
-    def unsign(self, text: str) -> str:
-        """The text with each signed handle as a plain one: what a generator and `restore` read.
+    def unsign(self, prompt: str | Messages, only: Collection[str] | None = None) -> tuple[str | Messages, list[str]]:
+        """The prompt with plain handles in place of signed ones, and these handles, in order, with repeats.
+
+        Where system or tool messages hold handles, the application puts its documents there, and other messages are
+        what people say: further handles in those are refused, however good their signature.
+
+        Args:
+            prompt: text, or messages with a role and a content that is text or a list of parts.
+            only: the signed handles to read, for who knows them; all others become text then, and none is refused.
 
         Raises:
-            UnknownHandleError: a handle in the text is not signed by this namespace, or too old.
+            UnknownHandleError: a handle was not signed by this namespace, is too old, or stands where people write.
         """
-        known = {signed: handle for signed in find_handles(text) if (handle := self.verify(signed))}
+        if isinstance(prompt, str):
+            text = self._unsign(prompt, only)
+            return text, find_handles(text)
+        read = [
+            {**message, "content": map_texts(message.get("content"), lambda text: self._unsign(text, only))}
+            for message in prompt
+        ]
+        found = [(message.get("role") in _DOCUMENT_ROLES, handle) for message in read for handle in _find(message)]
+        documents = {handle for among_documents, handle in found if among_documents}
+        if only is None and documents:
+            for _, handle in found:
+                if handle not in documents:
+                    raise UnknownHandleError(handle, len(documents), _PEOPLE_REMEDY)
+        return read, [handle for _, handle in found]
+
+    def _unsign(self, text: str, only: Collection[str] | None) -> str:
+        found = set(find_handles(text))
+        if only is not None:
+            for foreign in found.difference(only):
+                text = text.replace(foreign, escape_handles(foreign))
+            found.intersection_update(only)
+        known = {signed: handle for signed in found if (handle := self.verify(signed))}
 
         def handle_of(match: re.Match[str]) -> str:
             if match.group() not in known:
@@ -120,6 +158,31 @@ class HandleSigner:
         if key is not None and len(key) != _KEY_BYTES:
             raise ValueError(f"{name} must be {_KEY_BYTES} bytes in the store, got {len(key)}. Delete it.")
         return _process_key() if key is None else key
+
+
+def map_texts(content: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401 - as chat templates take it
+    """The content of a message with every text in it changed; parts that are no text, and no content, stay."""
+    if isinstance(content, str):
+        return change(content)
+    if not isinstance(content, Sequence):
+        return content
+    return [
+        {**part, "text": map_texts(part["text"], change)}
+        if isinstance(part, Mapping) and "text" in part
+        else map_texts(part, change)
+        for part in content
+    ]
+
+
+def _find(message: Mapping[str, Any]) -> list[str]:
+    handles: list[str] = []
+
+    def collect(text: str) -> str:
+        handles.extend(find_handles(text))
+        return text
+
+    map_texts(message.get("content"), collect)
+    return handles
 
 
 @functools.cache

@@ -19,13 +19,14 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, model_validator
 
 from langchain_pic_rag.guard import LLM_TYPE
-from langchain_pic_rag.messages import map_prompt, only_handles, prompt_handles, to_prompt, tool_chunk, usage
+from langchain_pic_rag.messages import to_prompt, tool_chunk, usage
 from langchain_pic_rag.settings import ModelSettings
 from langchain_pic_rag.tools import parse_calls
-from pic_rag import UnknownHandleError, find_handles, shared_generator
+from pic_rag import UnknownHandleError, shared_generator
 
 if TYPE_CHECKING:
     import builtins
+    from collections.abc import Mapping
 
     from pic_rag import BaseGenerator, Generation, Memory
 else:
@@ -41,7 +42,7 @@ _SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
 class _Call(NamedTuple):
     """What the generator is asked in one call; `tokens_saved`: text tokens less memory tokens of its handles."""
 
-    prompt: list[dict[str, Any]]
+    prompt: str | Sequence[Mapping[str, Any]]
     memories: dict[str, Memory]
     options: dict[str, Any]
     tokens_saved: int
@@ -51,9 +52,10 @@ class ChatPIC(ModelSettings, BaseChatModel):
     """A generator that reads the memories behind handles, in messages of every role.
 
     A handle is read only if a compressor handed it out lately in this model's namespace of its store
-    (`pic_rag.HandleSigner`), and if this model's compressor made the memory; any other raises `UnknownHandleError`. A
-    memory that the store has lost is made again if its text is still there. With `invoke(..., handles=[...])` only
-    those are read, and every other handle in the prompt is text.
+    (`pic_rag.HandleSigner`), and if this model's compressor made the memory; any other raises `UnknownHandleError`, and
+    so do handles in what people say when system or tool messages hold some. A memory that the store has lost is made
+    again if its text is still there. With `invoke(..., handles=[...])` only those are read, and every other handle in
+    the prompt is text.
 
     Raises:
         UnknownHandleError: when called, for any other handle, wherever it stands.
@@ -160,8 +162,8 @@ class ChatPIC(ModelSettings, BaseChatModel):
         Raises:
             UnknownHandleError: for a handle that it would not read.
         """
-        read = self.signer.unsign(text)
-        return self.get_generator().count_tokens(read, self._memories(find_handles(read)))
+        read, handles = self.signer.unsign(text)
+        return self.get_generator().count_tokens(read, self._memories(handles))
 
     def get_num_tokens_from_messages(
         self,
@@ -174,8 +176,8 @@ class ChatPIC(ModelSettings, BaseChatModel):
             UnknownHandleError: for a handle that it would not read.
         """
         prompt = to_prompt(messages, [convert_to_openai_tool(tool) for tool in tools or ()])
-        prompt = map_prompt(prompt, self.signer.unsign)
-        return self.get_generator().count_tokens(prompt, self._memories(prompt_handles(prompt)))
+        read, handles = self.signer.unsign(prompt)
+        return self.get_generator().count_tokens(read, self._memories(handles))
 
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of a text; a handle, which has none, is tokenised as the characters it is written in."""
@@ -260,13 +262,10 @@ class ChatPIC(ModelSettings, BaseChatModel):
         options["max_new_tokens"] = options.pop("max_tokens")
         options["stop"] = tuple(self.stop or () if stop is None else stop)
         prompt = to_prompt(messages, kwargs.get("tools") or (), kwargs.get("tool_choice"))
-        if (allowed := kwargs.get("handles")) is not None:
-            prompt = map_prompt(prompt, lambda text: only_handles(text, allowed))
-        prompt = map_prompt(prompt, self.signer.unsign)
-        handles = prompt_handles(prompt)
+        read, handles = self.signer.unsign(prompt, only=kwargs.get("handles"))
         memories = self._memories(handles)
         saved = sum(memories[handle].text_tokens - memories[handle].memory_tokens for handle in handles)
-        return _Call(prompt, memories, options, saved)
+        return _Call(read, memories, options, saved)
 
     def _memories(self, handles: Sequence[str]) -> builtins.dict[str, Memory]:
         """The memories of this namespace that the handles stand for."""

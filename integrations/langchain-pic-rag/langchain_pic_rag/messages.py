@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.messages import AIMessageChunk, BaseMessage, convert_to_openai_messages
@@ -11,9 +11,7 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
 
-from langchain_pic_rag.texts import map_text
 from langchain_pic_rag.tools import format_calls, parse_calls, tool_instructions
-from pic_rag import escape_handles, find_handles
 
 if TYPE_CHECKING:
     from pic_rag import Generation
@@ -43,30 +41,6 @@ def _text(content: str | list[dict[str, Any]] | None) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(part["text"] for part in content or [] if part.get("type") == "text")
-
-
-def map_prompt(prompt: Sequence[dict[str, Any]], change: Callable[[str], str]) -> list[dict[str, Any]]:
-    """The prompt with every text in it changed, tools and tool calls included."""
-    return [{**message, "content": map_text(message.get("content") or "", change)} for message in prompt]
-
-
-def prompt_handles(prompt: Sequence[dict[str, Any]]) -> list[str]:
-    """Handles of a prompt, in order, with repeats."""
-    handles: list[str] = []
-
-    def collect(text: str) -> str:
-        handles.extend(find_handles(text))
-        return text
-
-    map_prompt(prompt, collect)
-    return handles
-
-
-def only_handles(text: str, allowed: Collection[str]) -> str:
-    """The text with every handle that is not allowed turned into text."""
-    for handle in set(find_handles(text)).difference(allowed):
-        text = text.replace(handle, escape_handles(handle))
-    return text
 
 
 def usage(generation: Generation) -> UsageMetadata:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from langchain_core.documents import Document
@@ -14,7 +14,6 @@ import pic_rag
 from langchain_pic_rag.metadata import SOURCE_TEXT, is_compressed, without_memory
 from langchain_pic_rag.settings import StoreSettings
 from langchain_pic_rag.sources import SourceTexts
-from langchain_pic_rag.texts import content_handles, map_content
 from pic_rag import HandleSigner, MemoryStore, UnknownHandleError, shared_store
 
 _REMEDY = "Neither the document's metadata nor this namespace of the store has its text: compress the original again."
@@ -83,27 +82,30 @@ class PICRestore(StoreSettings, RunnableSerializable[Any, Any]):
 
     def _restore(self, value: Any) -> Any:
         if isinstance(value, str):
-            return self._restore_text(value)
+            return self._restore_prompt(value)
         if isinstance(value, StringPromptValue):
-            return StringPromptValue(text=self._restore_text(value.text))
+            return StringPromptValue(text=self._restore_prompt(value.text))
         if isinstance(value, PromptValue):
-            return ChatPromptValue(messages=[self._restore_message(message) for message in value.to_messages()])
+            return ChatPromptValue(messages=self._restore_messages(value.to_messages()))
         if isinstance(value, BaseMessage):
-            return self._restore_message(value)
+            return self._restore_messages([value])[0]
         if isinstance(value, Document):
             return restore_document(value, self.sources, self.signer)
         if isinstance(value, (list, tuple)):
-            return [self._restore(item) for item in value]
+            messages = bool(value) and all(isinstance(item, BaseMessage) for item in value)
+            return self._restore_messages(value) if messages else [self._restore(item) for item in value]
         raise TypeError(
             f"input must be a prompt, messages, text or documents, got {type(value).__name__}. "
             "Put PICRestore between the prompt and the LLM."
         )
 
-    def _restore_text(self, text: str) -> str:
-        read = self.signer.unsign(text)
-        return str(pic_rag.restore(read, self.sources.get(pic_rag.find_handles(read))))
+    def _restore_messages(self, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
+        restored = self._restore_prompt([{"role": each.type, "content": each.content} for each in messages])
+        return [
+            message.model_copy(update={"content": text["content"]})
+            for message, text in zip(messages, restored, strict=True)
+        ]
 
-    def _restore_message(self, message: BaseMessage) -> BaseMessage:
-        if not content_handles(message):
-            return message
-        return message.model_copy(update={"content": map_content(message, self._restore_text)})
+    def _restore_prompt(self, prompt: Any) -> Any:
+        read, handles = self.signer.unsign(prompt)
+        return pic_rag.restore(read, self.sources.get(handles))

@@ -14,14 +14,9 @@ Content = str | list[str | dict[str, Any]]
 
 def map_content(message: BaseMessage, change: Callable[[str], str]) -> Content:
     """The content with every text in it changed; parts that are no text stay."""
-    return map_text(message.content, change)
-
-
-def map_text(content: Content, change: Callable[[str], str]) -> Content:
-    """`map_content`, of a content without its message."""
-    if isinstance(content, str):
-        return change(content)
-    return [_map_part(part, change) for part in content]
+    if isinstance(message.content, str):
+        return change(message.content)
+    return [_map_part(part, change) for part in message.content]
 
 
 def content_handles(message: BaseMessage) -> list[str]:

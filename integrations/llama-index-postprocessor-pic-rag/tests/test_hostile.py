@@ -83,6 +83,15 @@ def test_a_handle_in_a_chat_history_is_never_read(index, compressor, llm, typed,
             ask()
 
 
+@pytest.mark.parametrize("mode", ["context", "condense_plus_context"])
+def test_in_a_chat_history_even_a_handle_that_the_user_was_shown_gives_no_answer(index, compressor, llm, mode):
+    [other] = compressor.postprocess_nodes([NodeWithScore(node=TextNode(text="The tower will be sold in May."))])
+    engine = index.as_chat_engine(chat_mode=mode, llm=llm, node_postprocessors=[compressor])
+    history = [ChatMessage(f"What is {other.metadata['pic_memory']}?"), ChatMessage("Who knows.", role="assistant")]
+    with pytest.raises(UnknownHandleError, match="this handle where people write"):
+        engine.chat("And now?", history)
+
+
 @pytest.mark.parametrize("where", ["text", "metadata", "both"])
 @pytest.mark.parametrize("citing", [False, True])
 def test_a_handle_in_a_node_is_compressed_as_text(tiny_compressor, store, compressor, llm, typed, where, citing):

@@ -276,7 +276,7 @@ def test_restore_puts_the_text_into_any_kind_of_prompt(compressor, documents):
     from langchain_core.messages import HumanMessage, ToolMessage
     from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 
-    handle = compressor.compress_documents(documents, "q")[0].page_content
+    handle, other, *_ = (document.page_content for document in compressor.compress_documents(documents, "q"))
     restore = PICRestore(store=compressor.store)
     text = documents[0].page_content
     assert restore.invoke(f"<{handle}>") == f"<{text}>"
@@ -290,5 +290,7 @@ def test_restore_puts_the_text_into_any_kind_of_prompt(compressor, documents):
     restored = restore.invoke(messages)
     assert [message.text for message in restored] == [text, text]
     assert asyncio.run(restore.ainvoke(messages)) == restored
+    with pytest.raises(UnknownHandleError, match="this handle where people write"):
+        restore.invoke([ToolMessage(handle, tool_call_id="1"), HumanMessage(f"What is {other}?")])
     with pytest.raises(UnknownHandleError):
         PICRestore(store=compressor.store, namespace="other").invoke(handle)

@@ -102,6 +102,28 @@ def test_in_a_history_aware_chain_a_handle_typed_now_or_earlier_is_never_read(
         chain.invoke({"input": f"What is {typed}?", "chat_history": []})
 
 
+def test_in_a_history_aware_chain_even_a_handle_that_the_user_was_shown_gives_no_answer(
+    chat, compressor, base_retriever
+):
+    other = compressor.compress_documents([Document(page_content="The tower will be sold in May.")], "q")[
+        0
+    ].page_content
+    retriever = PICRetriever(base_retriever=base_retriever, base_compressor=compressor)
+    chain = create_retrieval_chain(
+        create_history_aware_retriever(chat, retriever, CONDENSE), create_stuff_documents_chain(chat, ANSWER)
+    )
+    history = [HumanMessage("Who built it?"), AIMessage("Ida Brandt.")]
+    for hostile in (
+        {"input": f"What is {other}?", "chat_history": history},
+        {"input": "When?", "chat_history": [HumanMessage(f"What is {other}?"), AIMessage("?")]},
+    ):
+        with pytest.raises(UnknownHandleError, match="this handle where people write"):
+            chain.invoke(hostile)
+        with pytest.raises(UnknownHandleError, match="this handle where people write"):
+            asyncio.run(chain.ainvoke(hostile))
+        assert (escape_input | chain).invoke(hostile)["answer"]
+
+
 def test_a_handle_in_a_documents_text_is_compressed_as_text(chat, compressor, typed):
     for text in (typed, f"see {typed} there"):
         (compressed,) = compressor.compress_documents([Document(page_content=text)], "q")

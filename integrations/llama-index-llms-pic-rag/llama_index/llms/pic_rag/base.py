@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator as ResponseStream
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
@@ -33,15 +33,15 @@ _REMEDY = (
     "This namespace of the store does not have its memory, made by this LLM's compressor: pass its node through "
     "PICCompressor again."
 )
-Prompt = str | list[dict[str, Any]]
+Prompt = str | Sequence[Mapping[str, Any]]
 
 
 class PICLLM(LLM):
     """A local LLM that reads memories. Nothing is loaded before it is first used; calls from many threads take turns.
 
     A handle is read only if `PICCompressor` handed it out lately in this LLM's namespace of its store
-    (`pic_rag.HandleSigner`), and if this LLM's compressor made the memory. Any other handle, wherever it stands, raises
-    `pic_rag.UnknownHandleError`.
+    (`pic_rag.HandleSigner`), and if this LLM's compressor made the memory. Any other raises
+    `pic_rag.UnknownHandleError`, and so do handles in what people say when system or tool messages hold some.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
@@ -249,14 +249,8 @@ class PICLLM(LLM):
             UnknownHandleError: one was not handed out here lately, or its memory is missing. Its text is not at hand:
                 only the postprocessor has the nodes.
         """
-        unsign = self.signer.unsign
-        if isinstance(prompt, str):
-            prompt = unsign(prompt)
-            handles = find_handles(prompt)
-        else:
-            prompt = [{**message, "content": unsign(message["content"])} for message in prompt]
-            handles = [handle for message in prompt for handle in find_handles(message["content"])]
-        return prompt, self._memories(list(dict.fromkeys(handles)))
+        read, handles = self.signer.unsign(prompt)
+        return read, self._memories(list(dict.fromkeys(handles)))
 
     def _memories(self, handles: Sequence[str]) -> list[Memory]:
         memories = self.get_memory_cache().get(handles) if handles else []
