@@ -118,7 +118,7 @@ class ChatPIC(ModelSettings, BaseChatModel):
             "generator_dtype": str(self.get_generator().model.dtype),
             "store": repr(self.get_store()),
             "namespace": self.namespace,
-            "stop": self.stop,
+            "own_stop": self.stop,  # LangChain puts the call's own in the place of "stop"
             **{name: getattr(self, name) for name in _SAMPLING},
         }
 

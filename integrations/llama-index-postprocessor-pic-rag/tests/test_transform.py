@@ -104,13 +104,13 @@ def test_other_weights_change_the_cache_key_and_the_memories(checkpoints, store)
     assert handles[0] != handles[1]
 
 
-def test_other_weights_under_the_same_name_change_the_cache_key(checkpoints):
+def test_other_weights_or_another_dtype_under_the_same_name_change_the_cache_key(checkpoints):
     node = TextNode(text="Seals rest here.")
     keys = set()
-    for folder in checkpoints:
-        transform = PICTransform(model_name="mine", compressor=Compressor.from_pretrained(folder, dtype="float32"))
+    for folder, dtype in ((checkpoints[0], "float32"), (checkpoints[1], "float32"), (checkpoints[1], "bfloat16")):
+        transform = PICTransform(model_name="mine", compressor=Compressor.from_pretrained(folder, dtype=dtype))
         keys.add(get_transformation_hash([node], transform))
-    assert len(keys) == 2
+    assert len(keys) == 3
 
 
 def test_settings_survive_json(transform):

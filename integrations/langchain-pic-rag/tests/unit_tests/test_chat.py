@@ -17,7 +17,7 @@ from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from langchain_pic_rag import ChatPIC, PICRetriever, escape_input
 from langchain_pic_rag.tools import format_calls, parse_calls
 
-from pic_rag import Generator, UnknownHandleError
+from pic_rag import Generator, SQLiteStore, UnknownHandleError
 
 PROMPT = ChatPromptTemplate.from_messages([("system", "Use this:\n{context}"), ("human", "{input}")])
 
@@ -246,6 +246,23 @@ def test_the_llm_cache_answers_again_and_never_for_another_ratio_checkpoint_or_n
         retrained.invoke(handle)
     with pytest.raises(UnknownHandleError):
         chat.model_copy(update={"namespace": "other"}).invoke(handle)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_tokens": 3},
+        {"temperature": 0.5},
+        {"top_p": 0.5},
+        {"seed": 1},
+        {"stop": ["x"]},
+        {"namespace": "other"},
+        {"store": SQLiteStore("elsewhere.sqlite")},
+    ],
+)
+def test_all_that_an_answer_depends_on_is_in_the_key_of_the_llm_cache(chat, change):
+    assert chat.model_copy()._get_llm_string() == chat._get_llm_string()
+    assert chat.model_copy(update=change)._get_llm_string() != chat._get_llm_string()
 
 
 def test_a_compressor_and_a_generator_that_do_not_belong_together_are_refused(tiny_compressor, tiny_generator):
