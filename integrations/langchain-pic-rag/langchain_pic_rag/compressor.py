@@ -18,7 +18,7 @@ from langchain_core.runnables.config import (
 from pydantic import Field, model_validator
 
 import pic_rag
-from langchain_pic_rag.guard import reads_handles
+from langchain_pic_rag.guard import reads_handles, watch
 from langchain_pic_rag.metadata import with_memory
 from langchain_pic_rag.restoring import restore_document
 from langchain_pic_rag.settings import ModelSettings
@@ -117,7 +117,8 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
     """Compresses retrieved documents; ids, order and metadata stay, `page_content` becomes a handle.
 
     Only `ChatPIC` reads handles. A compressor does not see which LLM comes after it: name it as `llm`, and an LLM that
-    cannot read handles is an error at construction, or gets the text (`fallback="text"`).
+    cannot read handles is an error at construction, or gets the text (`fallback="text"`). One that is not named is
+    stopped when it is about to get them (`HandleGuard`).
 
     Memories do not depend on the query, so one memory serves every question. A query that holds a handle is refused:
     chains print the same words into the prompt, where it would stand for a memory that nobody retrieved.
@@ -212,7 +213,9 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
         if self.llm is not None and not reads_handles(self.llm):
             return Compressed([self._as_text(document) for document in kept])
         sources, signer = self.sources, self.signer
-        return self.compress_originals([restore_document(document, sources, signer) for document in kept])
+        compressed = self.compress_originals([restore_document(document, sources, signer) for document in kept])
+        watch(document.page_content for document in compressed.documents)
+        return compressed
 
     def _as_text(self, document: Document) -> Document:
         original = restore_document(document, self.sources, self.signer)

@@ -11,7 +11,8 @@ from langchain_core.documents import Document
 from langchain_core.messages import AnyMessage, ToolMessage
 
 from langchain_pic_rag.compressor import PICCompressor
-from langchain_pic_rag.guard import escape, reads_handles
+from langchain_pic_rag.escaping import escape
+from langchain_pic_rag.guard import reads_handles
 from langchain_pic_rag.restoring import PICRestore
 from langchain_pic_rag.texts import content_handles, map_content
 from pic_rag import HandleSigner, find_handles
