@@ -50,14 +50,22 @@ def test_both_apps_answer_from_the_same_sources_and_the_prompt_shrinks_by_the_ra
     without, with_memories, shrunk = left["without"], left["with_memories"], left["shrunk"]
     assert len(without) == len(with_memories) == len(left["questions"]) == len(shrunk)
     if name == "02_langchain_rag":
+        from langchain_pic_rag import PICRestore, restore_documents
+
         assert all(message.content.strip() for message in (*without, *with_memories))
-        before, after = ([(d.id, d.metadata["source"]) for d in left[found]] for found in ("found", "compressed"))
-        assert before == after
+        assert restore_documents(left["compressed"]) == left["found"]  # text, ids, order and metadata
+
+        def ask(retriever, question):
+            return left["prompt"].invoke({"context": left["join"](retriever.invoke(question)), "question": question})
+
+        for question in left["questions"]:  # the documents are all that differs in the prompts
+            assert PICRestore().invoke(ask(left["retriever"], question)) == ask(left["search"], question)
     else:
+        from llama_index.postprocessor.pic_rag import restore_nodes
+
         assert all(str(response).strip() for response in (*without, *with_memories))
         for text, memory in zip(without, with_memories, strict=True):
-            before, after = ([(n.node_id, n.score, n.text) for n in each.source_nodes] for each in (text, memory))
-            assert before == after
+            assert restore_nodes(memory.source_nodes) == text.source_nodes  # text, ids, scores, order and metadata
     documents = next(name for name in shrunk.columns if name.endswith("text tokens"))
     share = shrunk[documents] / shrunk["prompt without"]  # what of the prompt can shrink at all
     expected = shrunk["prompt without"] * (1 - share + share / left["ratio"])

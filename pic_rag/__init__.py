@@ -19,6 +19,7 @@ _ROOMS = {
     "FidelityCheck": "compression.fidelity",
     "Generation": "generation.answering",
     "Generator": "generation.generator",
+    "HandleSigner": "store",
     "Memory": "memory",
     "MemoryCache": "store",
     "MemoryFormatError": "memory",
@@ -53,6 +54,7 @@ __all__ = [
     "FidelityCheck",
     "Generation",
     "Generator",
+    "HandleSigner",
     "Memory",
     "MemoryCache",
     "MemoryFormatError",
@@ -96,7 +98,15 @@ if TYPE_CHECKING:
     from pic_rag.rag import PicRag
     from pic_rag.retrieval.documents import Document, load_documents
     from pic_rag.retrieval.retriever import Retriever
-    from pic_rag.store import MemoryCache, MemoryStore, ShardStore, SQLiteStore, StoreError, shared_store
+    from pic_rag.store import (
+        HandleSigner,
+        MemoryCache,
+        MemoryStore,
+        ShardStore,
+        SQLiteStore,
+        StoreError,
+        shared_store,
+    )
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute may be anything

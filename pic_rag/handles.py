@@ -3,6 +3,9 @@
 A handle is ``[[pic:<32 lowercase hex>]]``: no whitespace, quotes, braces or backslashes, so prompt templates and text
 splitters leave it whole. It is content-addressed: the same text and the same compressor give the same handle.
 
+In a prompt that others write too it is *signed*, ``[[pic:<64 lowercase hex>]]`` (`pic_rag.store.signing`): wherever a
+handle is looked for both forms are found, and only who can check a signature turns the one into the other.
+
 A handle inside somebody else's text is hostile until proven otherwise. `escape_handles` lengthens the colons of
 everything that looks like one (``[[pic:`` becomes ``[[pic::``), which no longer matches and can be undone.
 
@@ -16,7 +19,8 @@ import json
 import re
 from collections.abc import Mapping
 
-HANDLE_PATTERN: re.Pattern[str] = re.compile(r"\[\[pic:([0-9a-f]{32})\]\]")
+HANDLE_PATTERN: re.Pattern[str] = re.compile(r"\[\[pic:([0-9a-f]{32})([0-9a-f]{32})?\]\]")
+"""The handle, and its signature if it has one."""
 
 _OPENING = re.compile(r"\[\[pic:")
 _ESCAPED_OPENING = re.compile(r"\[\[pic::")

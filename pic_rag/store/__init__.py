@@ -1,7 +1,8 @@
 """The store: where memories are kept, the only room that writes them to disk.
 
 `protocol` says what a store is (keys to bytes), `sqlite` and `shards` are two, `default` is the one used when nobody
-says, and `cache` finds memories in any of them by their handles. This room does not know how a memory is made: it
+says, `cache` finds memories in any of them by their handles, and `signing` tells the handles that were handed out
+from those that somebody typed. This room does not know how a memory is made: it
 asks a compressor for those it lacks. Names load on first use, so a process that only keeps bytes in SQLite never
 imports torch.
 """
@@ -16,12 +17,23 @@ if TYPE_CHECKING:
     from pic_rag.store.default import STORE_FILE, shared_store
     from pic_rag.store.protocol import MemoryStore, StoreError
     from pic_rag.store.shards import ShardStore
+    from pic_rag.store.signing import HandleSigner
     from pic_rag.store.sqlite import SQLiteStore
 
-__all__ = ["STORE_FILE", "MemoryCache", "MemoryStore", "SQLiteStore", "ShardStore", "StoreError", "shared_store"]
+__all__ = [
+    "STORE_FILE",
+    "HandleSigner",
+    "MemoryCache",
+    "MemoryStore",
+    "SQLiteStore",
+    "ShardStore",
+    "StoreError",
+    "shared_store",
+]
 
 _HOMES = {
     "STORE_FILE": "default",
+    "HandleSigner": "signing",
     "MemoryCache": "cache",
     "MemoryStore": "protocol",
     "SQLiteStore": "sqlite",

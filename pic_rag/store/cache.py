@@ -192,7 +192,7 @@ class MemoryCache:
 
     def _key(self, handle: str) -> str:
         match = HANDLE_PATTERN.fullmatch(handle)
-        if match is None:
+        if match is None or match.group(2):  # a signature has to be checked first
             raise ValueError(f"handle must be [[pic:<32 lowercase hex>]], got {handle!r}.")
         return self._prefix + match.group(1)
 

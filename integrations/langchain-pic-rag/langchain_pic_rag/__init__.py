@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_pic_rag.chat import ChatPIC
 from langchain_pic_rag.compressor import PICCompressor
-from langchain_pic_rag.guard import HandleGuard, escape_input, reads_handles
+from langchain_pic_rag.escaping import escape_input
+from langchain_pic_rag.guard import HandleGuard, reads_handles
 from langchain_pic_rag.restoring import PICRestore, restore_documents
 from langchain_pic_rag.retriever import PassageRetriever, PICRetriever
 from langchain_pic_rag.store import PICByteStore

@@ -19,21 +19,22 @@ from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, model_validator
 
 from langchain_pic_rag.guard import LLM_TYPE
-from langchain_pic_rag.messages import all_handles, only_handles, to_prompt, tool_chunk, usage
+from langchain_pic_rag.messages import to_prompt, tool_chunk, usage
 from langchain_pic_rag.settings import ModelSettings
 from langchain_pic_rag.tools import parse_calls
-from pic_rag import UnknownHandleError, find_handles, shared_generator
+from pic_rag import UnknownHandleError, shared_generator
 
 if TYPE_CHECKING:
     import builtins
+    from collections.abc import Mapping
 
     from pic_rag import BaseGenerator, Generation, Memory
 else:
     BaseGenerator = Any  # pydantic reads annotations at import, when torch must not be loaded yet
 
 _REMEDY = (
-    "This namespace of the store has neither its memory nor its text. Compress its document again (keep_source=True "
-    "keeps the text too), or put escape_input before the chain if a user typed it."
+    "This namespace of the store has neither its memory, made by this compressor, nor its text. Compress its document "
+    "again; keep_source=True keeps the text too."
 )
 _SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
 
@@ -41,7 +42,7 @@ _SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
 class _Call(NamedTuple):
     """What the generator is asked in one call; `tokens_saved`: text tokens less memory tokens of its handles."""
 
-    prompt: list[dict[str, Any]]
+    prompt: str | Sequence[Mapping[str, Any]]
     memories: dict[str, Memory]
     options: dict[str, Any]
     tokens_saved: int
@@ -50,14 +51,14 @@ class _Call(NamedTuple):
 class ChatPIC(ModelSettings, BaseChatModel):
     """A generator that reads the memories behind handles, in messages of every role.
 
-    A handle resolves only if this model's store holds it in this model's namespace, made by this model's compressor;
-    any other raises `UnknownHandleError`. A memory that the store has lost is made again if its text is still there.
-    With `invoke(..., handles=[...])` only those resolve, and every other handle in the prompt is text. What users type
-    cannot be told from what a template put beside it: pass their words through `escape_input` before they meet the
-    documents.
+    A handle is read only if a compressor handed it out lately in this model's namespace of its store
+    (`pic_rag.HandleSigner`), and if this model's compressor made the memory; any other raises `UnknownHandleError`, and
+    so do handles in what people say when system or tool messages hold some. A memory that the store has lost is made
+    again if its text is still there. With `invoke(..., handles=[...])` only those are read, and every other handle in
+    the prompt is text.
 
     Raises:
-        UnknownHandleError: when called, for a handle that this namespace does not hold.
+        UnknownHandleError: when called, for any other handle, wherever it stands.
         ValueError: when called, for content that is not text, or a prompt that does not fit the generator's context.
     """
 
@@ -117,7 +118,7 @@ class ChatPIC(ModelSettings, BaseChatModel):
             "generator_dtype": str(self.get_generator().model.dtype),
             "store": repr(self.get_store()),
             "namespace": self.namespace,
-            "stop": self.stop,
+            "own_stop": self.stop,  # LangChain puts the call's own in the place of "stop"
             **{name: getattr(self, name) for name in _SAMPLING},
         }
 
@@ -159,9 +160,10 @@ class ChatPIC(ModelSettings, BaseChatModel):
         """Tokens that the generator reads for a text: a handle counts as its memory tokens.
 
         Raises:
-            UnknownHandleError: for a handle that this namespace does not hold.
+            UnknownHandleError: for a handle that it would not read.
         """
-        return self.get_generator().count_tokens(text, self._memories(find_handles(text)))
+        read, handles = self.signer.unsign(text)
+        return self.get_generator().count_tokens(read, self._memories(handles))
 
     def get_num_tokens_from_messages(
         self,
@@ -171,10 +173,11 @@ class ChatPIC(ModelSettings, BaseChatModel):
         """Tokens that the generator reads for messages: memories, the chat template and the tools included.
 
         Raises:
-            UnknownHandleError: for a handle that this namespace does not hold.
+            UnknownHandleError: for a handle that it would not read.
         """
         prompt = to_prompt(messages, [convert_to_openai_tool(tool) for tool in tools or ()])
-        return self.get_generator().count_tokens(prompt, self._memories(all_handles(messages)))
+        read, handles = self.signer.unsign(prompt)
+        return self.get_generator().count_tokens(read, self._memories(handles))
 
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of a text; a handle, which has none, is tokenised as the characters it is written in."""
@@ -255,16 +258,14 @@ class ChatPIC(ModelSettings, BaseChatModel):
                 f"{min(unknown)} must be one of {', '.join(_SAMPLING)}, stop, handles, tools, tool_choice, got "
                 f"{kwargs[min(unknown)]!r}. ChatPIC has no such option: leave it out."
             )
-        if (allowed := kwargs.get("handles")) is not None:
-            messages = [only_handles(message, set(allowed)) for message in messages]
         options = {name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in _SAMPLING}
         options["max_new_tokens"] = options.pop("max_tokens")
         options["stop"] = tuple(self.stop or () if stop is None else stop)
         prompt = to_prompt(messages, kwargs.get("tools") or (), kwargs.get("tool_choice"))
-        handles = all_handles(messages)
+        read, handles = self.signer.unsign(prompt, only=kwargs.get("handles"))
         memories = self._memories(handles)
         saved = sum(memories[handle].text_tokens - memories[handle].memory_tokens for handle in handles)
-        return _Call(prompt, memories, options, saved)
+        return _Call(read, memories, options, saved)
 
     def _memories(self, handles: Sequence[str]) -> builtins.dict[str, Memory]:
         """The memories of this namespace that the handles stand for."""
@@ -284,9 +285,15 @@ class ChatPIC(ModelSettings, BaseChatModel):
         made: builtins.dict[str, Memory] = {}
         for handle, text in (self.sources.get(handles) if handles else {}).items():
             compressor = self.get_compressor()
-            for ratio in compressor.config.ratios:
+            for ratio in compressor.ladder():
                 if compressor.handle(text, ratio) == handle:
-                    [made[handle]], _ = self.get_memory_cache().get_or_compress([text], compressor, ratio)
+                    [made[handle]], _ = self.get_memory_cache().get_or_compress(
+                        [text],
+                        compressor,
+                        ratio,
+                        min_fidelity=0.0 if ratio == 1 else None,  # only where it is asked for is raw text a memory
+                        generator=self.get_generator(),
+                    )
         return made
 
     def _response_metadata(self, generation: Generation, tokens_saved: int) -> builtins.dict[str, Any]:

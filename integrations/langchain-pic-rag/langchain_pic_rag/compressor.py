@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.callbacks import Callbacks
@@ -18,21 +18,32 @@ from langchain_core.runnables.config import (
 from pydantic import Field, model_validator
 
 import pic_rag
-from langchain_pic_rag.guard import reads_handles
+from langchain_pic_rag.guard import reads_handles, watch
 from langchain_pic_rag.metadata import with_memory
 from langchain_pic_rag.restoring import restore_document
 from langchain_pic_rag.settings import ModelSettings
-from pic_rag import UnknownHandleError, escape_handles, find_handles
+from pic_rag import escape_handles, find_handles, shared_generator
 
 if TYPE_CHECKING:
-    from pic_rag import MemoryCache
+    from pic_rag import Generator, MemoryCache
+else:
+    Generator = Any  # pydantic reads annotations at import, when torch must not be loaded yet
 
 
 class CompressionSettings(ModelSettings):
     """How documents become memories."""
 
     ratio: int | None = None
-    """Text tokens per memory token; None: the compressor's default."""
+    """Text tokens per memory token; None: the compressor's default. With `min_fidelity` the highest one to try; None:
+    the highest that is served."""
+
+    min_fidelity: float | None = Field(default=None, ge=0.0, le=1.0)
+    """Each text gets the highest ratio whose memory keeps so much of it, as the generator finds, else stays raw text
+    (a memory of ratio 1). None: `ratio` for all, unchecked."""
+
+    generator: Generator | None = Field(default=None, exclude=True, repr=False)
+    """A ready `pic_rag.Generator` that checks for `min_fidelity`; None: the one that `ChatPIC` with the same
+    `model_name`, `device` and `dtype` loads."""
 
     batch_size: int | None = Field(default=None, ge=1)
     """Encoder rows computed at once."""
@@ -41,7 +52,8 @@ class CompressionSettings(ModelSettings):
     """How memories are written to the store: "int8" and "int4" take a half and a quarter of the space."""
 
     keep_source: bool = True
-    """Keep each text in `metadata["pic_source_text"]` and, by handle, in the store, so that it can be restored."""
+    """Keep each text in `metadata["pic_source_text"]` (whose `repr` is short) and, by handle, in the store, so that it
+    can be restored."""
 
     def get_memory_cache(self) -> MemoryCache:
         """The memories of this compressor in this namespace, written as `at_rest` says."""
@@ -53,19 +65,32 @@ class CompressionSettings(ModelSettings):
         texts = [document.page_content for document in documents]
         labels = [_label(document, number) for number, document in enumerate(documents)]
         memories, cached = self.get_memory_cache().get_or_compress(
-            texts, self.get_compressor(), self.ratio, sources=labels, batch_size=self.batch_size, progress=False
+            texts,
+            self.get_compressor(),
+            self.ratio,
+            sources=labels,
+            batch_size=self.batch_size,
+            progress=False,
+            min_fidelity=self.min_fidelity,
+            generator=self._checking_generator(),
         )
         if self.keep_source:
             self.sources.put({memory.handle: text for memory, text in zip(memories, texts, strict=True)})
+        signer = self.signer
         return Compressed(
             [
-                with_memory(document, memory, text if self.keep_source else None)
+                with_memory(document, memory, signer.sign(memory.handle), text if self.keep_source else None)
                 for document, memory, text in zip(documents, memories, texts, strict=True)
             ],
             text_tokens=sum(memory.text_tokens for memory in memories),
             memory_tokens=sum(memory.memory_tokens for memory in memories),
             cached_documents=sum(cached),
         )
+
+    def _checking_generator(self) -> Generator | None:
+        if self.min_fidelity is None or self.generator is not None:
+            return self.generator
+        return shared_generator(self.get_checkpoint(), device=self.device, dtype=self.dtype)
 
 
 @dataclass(frozen=True)
@@ -92,7 +117,8 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
     """Compresses retrieved documents; ids, order and metadata stay, `page_content` becomes a handle.
 
     Only `ChatPIC` reads handles. A compressor does not see which LLM comes after it: name it as `llm`, and an LLM that
-    cannot read handles is an error at construction, or gets the text (`fallback="text"`).
+    cannot read handles is an error at construction, or gets the text (`fallback="text"`). One that is not named is
+    stopped when it is about to get them (`HandleGuard`).
 
     Memories do not depend on the query, so one memory serves every question. A query that holds a handle is refused:
     chains print the same words into the prompt, where it would stand for a memory that nobody retrieved.
@@ -136,7 +162,7 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
 
         Raises:
             ValueError: the compressor does not serve the ratio, or the query holds a handle.
-            UnknownHandleError: a document holds a handle, but neither its text nor its memory is to be found.
+            UnknownHandleError: a document was compressed before, and its text is nowhere to be found.
         """
         _refuse_handles(query)
         if not documents:
@@ -186,25 +212,13 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
         kept = list(documents)[: self.top_n]
         if self.llm is not None and not reads_handles(self.llm):
             return Compressed([self._as_text(document) for document in kept])
-        ready = [self._is_ready(document) for document in kept]
-        raw = [document for document, done in zip(kept, ready, strict=True) if not done]
-        compressed = self.compress_originals([restore_document(document, self.sources) for document in raw])
-        fresh = iter(compressed.documents)
-        shown = [document if done else next(fresh) for document, done in zip(kept, ready, strict=True)]
-        return replace(compressed, documents=shown)
-
-    def _is_ready(self, document: Document) -> bool:
-        """Whether the document holds a handle of this compressor and its text is nowhere: it stays as it is."""
-        try:
-            restore_document(document, self.sources)
-        except UnknownHandleError:
-            if document.page_content in self.get_memory_cache():
-                return True
-            raise
-        return False
+        sources, signer = self.sources, self.signer
+        compressed = self.compress_originals([restore_document(document, sources, signer) for document in kept])
+        watch(document.page_content for document in compressed.documents)
+        return compressed
 
     def _as_text(self, document: Document) -> Document:
-        original = restore_document(document, self.sources)
+        original = restore_document(document, self.sources, self.signer)
         return original.model_copy(update={"page_content": escape_handles(original.page_content)})
 
 

@@ -1,21 +1,29 @@
-"""Guards: handles that users type never resolve, and an LLM that cannot read handles never gets them."""
+"""Guards: an LLM that cannot read handles never gets them."""
 
 from __future__ import annotations
 
+import functools
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import BaseLanguageModel
 from langchain_core.messages import BaseMessage
-from langchain_core.prompt_values import ChatPromptValue, PromptValue, StringPromptValue
-from langchain_core.runnables import Runnable, RunnableLambda, RunnableSequence, RunnableWithFallbacks
+from langchain_core.runnables import RunnableSequence, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.tracers.context import register_configure_hook
 
-from langchain_pic_rag.texts import content_handles, map_content
-from pic_rag import escape_handles, find_handles
+from langchain_pic_rag.texts import content_handles
+from pic_rag import find_handles
 
 LLM_TYPE = "chat-pic-rag"
 """`ChatPIC._llm_type`: how a callback knows the model."""
+
+_WATCHED_HANDLES = 10_000
 
 
 def reads_handles(llm: object) -> bool:
@@ -37,12 +45,14 @@ def reads_handles(llm: object) -> bool:
 class HandleGuard(BaseCallbackHandler):
     """Stops a run in which an LLM that cannot read handles is about to get some.
 
-    A callback sees every prompt just before its LLM does, so this works for any chain or agent:
-    `chain.invoke(question, {"callbacks": [HandleGuard()]})`.
+    A callback sees every prompt just before its LLM does, so this works for any chain or agent. One watches over the
+    handles that `PICCompressor` hands out in this process, from the first one on. Where documents were compressed in
+    another process, pass one: `chain.invoke(question, {"callbacks": [HandleGuard()]})` stops any handle.
     """
 
     raise_error = True
     run_inline = True
+    ignore_chain = ignore_agent = ignore_retriever = ignore_retry = ignore_custom_event = True
 
     def on_chat_model_start(
         self,
@@ -53,53 +63,69 @@ class HandleGuard(BaseCallbackHandler):
         """Check the messages for a chat model.
 
         Raises:
-            ValueError: they hold a handle, and the model is not `ChatPIC`.
+            ValueError: they hold a handle, and the model reads none.
         """
         if (kwargs.get("invocation_params") or {}).get("_type") == LLM_TYPE:
             return
         handles = [handle for batch in messages for message in batch for handle in content_handles(message)]
-        _refuse(handles, serialized)
+        self._check(handles, serialized)
 
     def on_llm_start(self, serialized: dict[str, Any], prompts: list[str], **kwargs: Any) -> None:
         """Check the prompts of a completion model.
 
         Raises:
-            ValueError: they hold a handle.
+            ValueError: they hold a handle, and the model reads none.
         """
-        _refuse([handle for prompt in prompts for handle in find_handles(prompt)], serialized)
+        self._check([handle for prompt in prompts for handle in find_handles(prompt)], serialized)
+
+    def _check(self, handles: Sequence[str], serialized: dict[str, Any] | None) -> None:
+        handle = next(filter(self._concerns, handles), None)
+        *package, name = (serialized or {}).get("id") or ["this LLM"]
+        kind = getattr(sys.modules.get(".".join(package)), name, None)
+        if handle is not None and not reads_handles(kind):
+            raise ValueError(
+                f"llm must read handles, as ChatPIC does, got {name} with {handle} in its prompt. Use ChatPIC, put "
+                "PICRestore() before the LLM, or pass llm= and fallback='text' to the compressor."
+            )
+
+    def _concerns(self, handle: str) -> bool:
+        return True
+
+
+class _Watch(HandleGuard):
+    """Concerned with what was handed out here lately, so that no text that somebody types can stop another chain."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._handed_out: OrderedDict[str, None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, handles: Iterable[str]) -> None:
+        with self._lock:
+            for handle in handles:
+                self._handed_out[handle] = None
+                self._handed_out.move_to_end(handle)
+            while len(self._handed_out) > _WATCHED_HANDLES:
+                self._handed_out.popitem(last=False)
+
+    def _concerns(self, handle: str) -> bool:
+        with self._lock:
+            return handle in self._handed_out
+
+
+def watch(handles: Iterable[str]) -> None:
+    """Let no LLM of this process that cannot read handles get one of these."""
+    _watcher().add(handles)
+
+
+@functools.cache
+def _watcher() -> _Watch:
+    watcher = _Watch()
+    register_configure_hook(ContextVar("langchain_pic_rag_watch", default=watcher), inheritable=True)
+    return watcher
 
 
 def _first_llm(sequence: RunnableSequence[Any, Any]) -> int:
     """Position of the first step that is a language model."""
     kinds = [isinstance(step, BaseLanguageModel) for step in sequence.steps]
     return kinds.index(True) if True in kinds else len(kinds)
-
-
-def _refuse(handles: list[str], serialized: dict[str, Any] | None) -> None:
-    if not handles:
-        return
-    name = ((serialized or {}).get("id") or ["this LLM"])[-1]
-    raise ValueError(
-        f"llm must read handles, as ChatPIC does, got {name} with {handles[0]} in its prompt. Use ChatPIC, put "
-        "PICRestore() before the LLM, or pass llm= and fallback='text' to the compressor."
-    )
-
-
-def _escape(value: Any) -> Any:
-    if isinstance(value, str):
-        return escape_handles(value)
-    if isinstance(value, StringPromptValue):
-        return StringPromptValue(text=escape_handles(value.text))
-    if isinstance(value, PromptValue):
-        return ChatPromptValue(messages=_escape(value.to_messages()))
-    if isinstance(value, BaseMessage):
-        return value.model_copy(update={"content": map_content(value, escape_handles)})
-    if isinstance(value, dict):
-        return {key: _escape(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_escape(item) for item in value)
-    return value
-
-
-escape_input: Runnable[Any, Any] = RunnableLambda(_escape, name="escape_input")
-"""A step at the entrance of a chain: makes handles in the user's text, messages or dict of them harmless."""

@@ -11,9 +11,7 @@ from langchain_core.messages.ai import UsageMetadata
 from langchain_core.messages.tool import tool_call_chunk
 from langchain_core.outputs import ChatGenerationChunk
 
-from langchain_pic_rag.texts import content_handles, map_content
 from langchain_pic_rag.tools import format_calls, parse_calls, tool_instructions
-from pic_rag import escape_handles, find_handles
 
 if TYPE_CHECKING:
     from pic_rag import Generation
@@ -43,22 +41,6 @@ def _text(content: str | list[dict[str, Any]] | None) -> str:
     if isinstance(content, str):
         return content
     return "\n".join(part["text"] for part in content or [] if part.get("type") == "text")
-
-
-def all_handles(messages: Sequence[BaseMessage]) -> list[str]:
-    """Handles in all messages, in order, with repeats."""
-    return [handle for message in messages for handle in content_handles(message)]
-
-
-def only_handles(message: BaseMessage, allowed: set[str]) -> BaseMessage:
-    """The message with every handle that is not allowed turned into text."""
-
-    def keep(text: str) -> str:
-        for handle in set(find_handles(text)) - allowed:
-            text = text.replace(handle, escape_handles(handle))
-        return text
-
-    return message.model_copy(update={"content": map_content(message, keep)})
 
 
 def usage(generation: Generation) -> UsageMetadata:

@@ -6,33 +6,43 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_core.documents import Document
 
+from pic_rag import find_handles
+
 if TYPE_CHECKING:
     from pic_rag import Memory
 
-MEMORY = "pic_memory"  # the handle
 SOURCE_TEXT = "pic_source_text"
 TEXT_TOKENS = "pic_text_tokens"
 MEMORY_TOKENS = "pic_memory_tokens"
 RATIO = "pic_ratio"
-KEYS = (MEMORY, SOURCE_TEXT, TEXT_TOKENS, MEMORY_TOKENS, RATIO)
+FIDELITY = "pic_fidelity"
+KEYS = (SOURCE_TEXT, TEXT_TOKENS, MEMORY_TOKENS, RATIO, FIDELITY)
 
 
-def with_memory(document: Document, memory: Memory, text: str | None) -> Document:
+class SourceText(str):
+    """A text that `repr` only sums up.
+
+    Applications print `document.metadata` into prompts, LangChain's tutorials do: the text would stand there in full.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} characters>"
+
+
+def with_memory(document: Document, memory: Memory, signed_handle: str, text: str | None) -> Document:
     """A copy of the document with the handle for its text; the text goes into the metadata unless it is None."""
-    metadata = without_memory(document) | memory_metadata(memory)
-    if text is not None:
-        metadata[SOURCE_TEXT] = text
-    return document.model_copy(update={"page_content": memory.handle, "metadata": metadata})
-
-
-def memory_metadata(memory: Memory) -> dict[str, str | int]:
-    """Handle, tokens and ratio of a memory."""
-    return {
-        MEMORY: memory.handle,
+    metadata = without_memory(document) | {
         TEXT_TOKENS: memory.text_tokens,
         MEMORY_TOKENS: memory.memory_tokens,
         RATIO: memory.ratio,
     }
+    if memory.fidelity is not None:
+        metadata[FIDELITY] = memory.fidelity
+    if text is not None:
+        metadata[SOURCE_TEXT] = SourceText(text)
+    return document.model_copy(update={"page_content": signed_handle, "metadata": metadata})
 
 
 def without_memory(document: Document) -> dict[str, Any]:
@@ -40,9 +50,6 @@ def without_memory(document: Document) -> dict[str, Any]:
     return {key: value for key, value in document.metadata.items() if key not in KEYS}
 
 
-def holds_handle(document: Document) -> bool:
-    """Whether the content is a handle that pic-rag put there.
-
-    The metadata decides, which the application writes: a handle that stands in the text of a document is text.
-    """
-    return MEMORY in document.metadata and document.metadata[MEMORY] == document.page_content
+def is_compressed(document: Document) -> bool:
+    """Whether the content is a handle that stands for the document's text; in other documents a handle is text."""
+    return RATIO in document.metadata and find_handles(document.page_content) == [document.page_content]

@@ -11,17 +11,19 @@ from langchain_core.documents import Document
 from langchain_core.messages import AnyMessage, ToolMessage
 
 from langchain_pic_rag.compressor import PICCompressor
+from langchain_pic_rag.escaping import escape
 from langchain_pic_rag.guard import reads_handles
 from langchain_pic_rag.restoring import PICRestore
-from langchain_pic_rag.texts import map_content
-from pic_rag import escape_handles
+from langchain_pic_rag.texts import content_handles, map_content
+from pic_rag import HandleSigner, find_handles
 
 
 class PICMiddleware(AgentMiddleware):
     """Compresses tool messages just before the model reads them; the agent's state keeps the text.
 
     In a tool message that is compressed, a handle is text like any other. In messages of users and of the model itself,
-    and in tool messages left alone, handles are escaped: only `handle_tools` are trusted to write them.
+    and in tool messages left alone, handles are escaped, also signed ones: only `handle_tools` are trusted to write
+    them. Theirs are read at any age, so that a conversation can be resumed after days.
 
     Args:
         compressor: None: `PICCompressor()`.
@@ -53,7 +55,8 @@ class PICMiddleware(AgentMiddleware):
         """Compress, then call the model.
 
         Raises:
-            ValueError: the model cannot read handles and `fallback` is "error".
+            ValueError: the model cannot read handles and `fallback` is "error", or a tool that is not one of
+                `handle_tools` answers with handles.
         """
         return handler(request.override(messages=self._prepare(request)))
 
@@ -65,22 +68,20 @@ class PICMiddleware(AgentMiddleware):
         return await handler(request.override(messages=messages))
 
     def _prepare(self, request: ModelRequest[Any]) -> list[AnyMessage]:
+        signer = self.compressor.signer
+        messages = [self._admit(message, signer) for message in request.messages]
         if not reads_handles(request.model):
-            return self._as_text(request)
+            return self._as_text(messages, request.model)
         chosen = [number for number, message in enumerate(request.messages) if self._compresses(message)]
-        documents = [Document(page_content=str(request.messages[number].text)) for number in chosen]
-        compressed = dict(zip(chosen, self.compressor.compress_documents(documents, ""), strict=True))
-        return [
-            message.model_copy(update={"content": compressed[number].page_content})
-            if number in compressed
-            else self._escape(message)
-            for number, message in enumerate(request.messages)
-        ]
+        documents = [Document(page_content=str(request.messages[number].text)) for number in chosen]  # not escaped
+        for number, made in zip(chosen, self.compressor.compress_documents(documents, ""), strict=True):
+            messages[number] = messages[number].model_copy(update={"content": made.page_content})
+        return messages
 
-    def _as_text(self, request: ModelRequest[Any]) -> list[AnyMessage]:
+    def _as_text(self, messages: list[AnyMessage], model: object) -> list[AnyMessage]:
         if self.fallback == "error":
             raise ValueError(
-                f"model must read handles, as ChatPIC does, got {type(request.model).__name__}. Use ChatPIC, or "
+                f"model must read handles, as ChatPIC does, got {type(model).__name__}. Use ChatPIC, or "
                 "PICMiddleware(fallback='text') to give it the original text."
             )
         restore = PICRestore(
@@ -88,10 +89,20 @@ class PICMiddleware(AgentMiddleware):
             namespace=self.compressor.namespace,
             cache_folder=self.compressor.cache_folder,
         )
-        return [
-            restore.invoke(message) if self._is_trusted(message) else self._escape(message)
-            for message in request.messages
-        ]
+        return [restore.invoke(message) if self._is_trusted(message) else message for message in messages]
+
+    def _admit(self, message: AnyMessage, signer: HandleSigner) -> AnyMessage:
+        """The message with the handles that may be read: those of trusted tools, signed anew, and no others."""
+        if self._is_trusted(message):
+            return message.model_copy(update={"content": map_content(message, lambda text: _renew(text, signer))})
+        if isinstance(message, ToolMessage):
+            for handle in content_handles(message):
+                if signer.verify(handle, any_age=True):
+                    raise ValueError(
+                        f"handle_tools must name each tool that answers with handles, got one from {message.name!r}: "
+                        f"{handle}. Add its name, or give that tool a retriever that does not compress."
+                    )
+        return escape(message)
 
     def _compresses(self, message: AnyMessage) -> bool:
         if not isinstance(message, ToolMessage) or self._is_trusted(message):
@@ -102,10 +113,12 @@ class PICMiddleware(AgentMiddleware):
     def _is_trusted(self, message: AnyMessage) -> bool:
         return isinstance(message, ToolMessage) and message.name in self.handle_tools
 
-    def _escape(self, message: AnyMessage) -> AnyMessage:
-        if self._is_trusted(message):
-            return message
-        return message.model_copy(update={"content": map_content(message, escape_handles)})
+
+def _renew(text: str, signer: HandleSigner) -> str:
+    for signed in set(find_handles(text)):
+        if handle := signer.verify(signed, any_age=True):
+            text = text.replace(signed, signer.sign(handle))
+    return text
 
 
 def _is_text(message: ToolMessage) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from langchain_core.documents import Document
@@ -11,11 +11,12 @@ from langchain_core.prompt_values import ChatPromptValue, PromptValue, StringPro
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 
 import pic_rag
-from langchain_pic_rag.metadata import SOURCE_TEXT, holds_handle, without_memory
+from langchain_pic_rag.metadata import SOURCE_TEXT, is_compressed, without_memory
 from langchain_pic_rag.settings import StoreSettings
 from langchain_pic_rag.sources import SourceTexts
-from langchain_pic_rag.texts import content_handles, map_content
-from pic_rag import MemoryStore, UnknownHandleError, shared_store
+from pic_rag import HandleSigner, MemoryStore, UnknownHandleError, shared_store
+
+_REMEDY = "Neither the document's metadata nor this namespace of the store has its text: compress the original again."
 
 
 def restore_documents(
@@ -34,28 +35,32 @@ def restore_documents(
     Raises:
         UnknownHandleError: a document's text is in neither place.
     """
-    sources = SourceTexts(store if store is not None else shared_store(), namespace)
-    return [restore_document(document, sources) for document in documents]
+    store = store if store is not None else shared_store()
+    sources, signer = SourceTexts(store, namespace), HandleSigner(store, namespace)
+    return [restore_document(document, sources, signer, any_age=True) for document in documents]
 
 
-def restore_document(document: Document, sources: SourceTexts) -> Document:
+def restore_document(
+    document: Document, sources: SourceTexts, signer: HandleSigner, *, any_age: bool = False
+) -> Document:
     """One document as it was before it was compressed.
 
     Raises:
-        UnknownHandleError: neither its metadata nor the store holds its text.
+        UnknownHandleError: its metadata does not hold its text, and no signature entitles it to one of the store's.
     """
-    text = _source_text(document, sources) if holds_handle(document) else document.page_content
+    text = document.page_content
+    if is_compressed(document):
+        kept = document.metadata.get(SOURCE_TEXT)
+        text = str(kept) if isinstance(kept, str) else _stored_text(text, sources, signer, any_age)
     return document.model_copy(update={"page_content": text, "metadata": without_memory(document)})
 
 
-def _source_text(document: Document, sources: SourceTexts) -> str:
-    if isinstance(text := document.metadata.get(SOURCE_TEXT), str):
-        return text
-    handle = document.page_content
-    found = sources.get([handle])
-    if handle not in found:
-        raise UnknownHandleError(handle, 0)
-    return found[handle]
+def _stored_text(signed: str, sources: SourceTexts, signer: HandleSigner, any_age: bool) -> str:
+    handle = signer.verify(signed, any_age=any_age)
+    text = None if handle is None else sources.get([handle]).get(handle)
+    if text is None:
+        raise UnknownHandleError(signed, 0, _REMEDY)
+    return text
 
 
 class PICRestore(StoreSettings, RunnableSerializable[Any, Any]):
@@ -71,32 +76,36 @@ class PICRestore(StoreSettings, RunnableSerializable[Any, Any]):
         """Restore a prompt or documents.
 
         Raises:
-            UnknownHandleError: a handle's text is not in this namespace of the store.
+            UnknownHandleError: a handle was not handed out in this namespace lately, or its text is not in the store.
         """
         return self._call_with_config(self._restore, input, config, **kwargs)
 
     def _restore(self, value: Any) -> Any:
         if isinstance(value, str):
-            return self._restore_text(value)
+            return self._restore_prompt(value)
         if isinstance(value, StringPromptValue):
-            return StringPromptValue(text=self._restore_text(value.text))
+            return StringPromptValue(text=self._restore_prompt(value.text))
         if isinstance(value, PromptValue):
-            return ChatPromptValue(messages=[self._restore_message(message) for message in value.to_messages()])
+            return ChatPromptValue(messages=self._restore_messages(value.to_messages()))
         if isinstance(value, BaseMessage):
-            return self._restore_message(value)
+            return self._restore_messages([value])[0]
         if isinstance(value, Document):
-            return restore_document(value, self.sources)
+            return restore_document(value, self.sources, self.signer)
         if isinstance(value, (list, tuple)):
-            return [self._restore(item) for item in value]
+            messages = bool(value) and all(isinstance(item, BaseMessage) for item in value)
+            return self._restore_messages(value) if messages else [self._restore(item) for item in value]
         raise TypeError(
             f"input must be a prompt, messages, text or documents, got {type(value).__name__}. "
             "Put PICRestore between the prompt and the LLM."
         )
 
-    def _restore_text(self, text: str) -> str:
-        return str(pic_rag.restore(text, self.sources.get(pic_rag.find_handles(text))))
+    def _restore_messages(self, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
+        restored = self._restore_prompt([{"role": each.type, "content": each.content} for each in messages])
+        return [
+            message.model_copy(update={"content": text["content"]})
+            for message, text in zip(messages, restored, strict=True)
+        ]
 
-    def _restore_message(self, message: BaseMessage) -> BaseMessage:
-        if not content_handles(message):
-            return message
-        return message.model_copy(update={"content": map_content(message, self._restore_text)})
+    def _restore_prompt(self, prompt: Any) -> Any:
+        read, handles = self.signer.unsign(prompt)
+        return pic_rag.restore(read, self.sources.get(handles))

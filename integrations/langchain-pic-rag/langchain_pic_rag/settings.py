@@ -14,7 +14,7 @@ from langchain_pic_rag.sources import SourceTexts
 from pic_rag import MemoryStore, shared_checkpoint, shared_compressor, shared_store
 
 if TYPE_CHECKING:
-    from pic_rag import Checkpoint, Compressor, MemoryCache
+    from pic_rag import Checkpoint, Compressor, HandleSigner, MemoryCache
 else:
     Compressor = Any  # pydantic reads annotations at import, when torch must not be loaded yet
 
@@ -49,6 +49,11 @@ class StoreSettings(BaseModel):
     def get_store(self) -> MemoryStore:
         """The store in use."""
         return self.store if self.store is not None else shared_store(self.cache_folder)
+
+    @property
+    def signer(self) -> HandleSigner:
+        """Signs the handles that this namespace hands out, and knows them again."""
+        return pic_rag.HandleSigner(self.get_store(), self.namespace)
 
     @property
     def sources(self) -> SourceTexts:

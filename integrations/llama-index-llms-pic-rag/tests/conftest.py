@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from llama_index.llms.pic_rag import PICLLM
 
-from pic_rag import MemoryCache
+from pic_rag import HandleSigner, MemoryCache
 
 
 @pytest.fixture
@@ -19,3 +19,9 @@ def memory(tiny_compressor, store, texts):
     [memory] = tiny_compressor.compress(texts[:1])
     MemoryCache(store, tiny_compressor.fingerprint).put([memory])
     return memory
+
+
+@pytest.fixture
+def handle(memory, store):
+    """Its handle, as `PICCompressor` hands it out."""
+    return HandleSigner(store).sign(memory.handle)

@@ -15,7 +15,7 @@ from llama_index.core.prompts import PromptTemplate
 from llama_index.llms.pic_rag import PICLLM
 from llama_index.llms.pic_rag.streams import iterate_in_thread
 
-from pic_rag import Compressor, MemoryCache, UnknownHandleError, escape_handles
+from pic_rag import Compressor, HandleSigner, MemoryCache, UnknownHandleError, escape_handles
 
 ABSENT = "[[pic:" + "0" * 32 + "]]"
 
@@ -54,7 +54,8 @@ def test_an_llm_that_only_reads_memories_loads_no_compressor(checkpoints, store,
     MemoryCache(store, compressor.fingerprint).put([memory])
     monkeypatch.setattr(Compressor, "__init__", lambda *_, **__: pytest.fail("loaded a compressor"))
     llm = PICLLM(model_name=checkpoints[0], dtype="float32", store=store, max_new_tokens=2)
-    assert llm.complete(memory.handle).raw["usage"]["memory_tokens"] == memory.memory_tokens
+    handle = HandleSigner(store).sign(memory.handle)
+    assert llm.complete(handle).raw["usage"]["memory_tokens"] == memory.memory_tokens
 
 
 def test_a_ready_compressor_counts_for_more_than_the_name(tiny_compressor):
@@ -70,24 +71,24 @@ def test_model_kwargs_reach_the_model_which_all_with_the_same_ones_share(checkpo
     assert own.get_generator() is not PICLLM(model_name=checkpoints[0], dtype="float32").get_generator()
 
 
-def test_a_handle_is_read_as_its_memory_tokens(llm, memory):
-    usage = llm.chat(ask(f"{memory.handle} Who?")).raw["usage"]
+def test_a_handle_is_read_as_its_memory_tokens(llm, memory, handle):
+    usage = llm.chat(ask(f"{handle} Who?")).raw["usage"]
     without = llm.chat(ask(" Who?")).raw["usage"]
     assert usage["memory_tokens"] == memory.memory_tokens > 0
     assert usage["prompt_tokens"] == without["prompt_tokens"] + memory.memory_tokens
 
 
 @pytest.mark.parametrize("role", [MessageRole.SYSTEM, MessageRole.USER, MessageRole.ASSISTANT, MessageRole.TOOL])
-def test_handles_are_read_in_every_role(llm, memory, role):
-    messages = [ChatMessage(role=role, content=memory.handle), ChatMessage(role="user", content="Who?")]
+def test_handles_are_read_in_every_role(llm, memory, handle, role):
+    messages = [ChatMessage(role=role, content=handle), ChatMessage(role="user", content="Who?")]
     assert llm.chat(messages).raw["usage"]["memory_tokens"] == memory.memory_tokens
 
 
-def test_chat_answers_as_the_generator_does_with_the_same_messages(llm, memory, tiny_generator):
+def test_chat_answers_as_the_generator_does_with_the_same_messages(llm, memory, handle, tiny_generator):
     messages = [{"role": "user", "content": f"{memory.handle} Who?"}]
     [expected] = tiny_generator.generate(messages, [memory], max_new_tokens=8)
-    assert llm.chat(ask(f"{memory.handle} Who?")).message.content == expected.text
-    assert llm.complete(f"{memory.handle} Who?").text == expected.text
+    assert llm.chat(ask(f"{handle} Who?")).message.content == expected.text
+    assert llm.complete(f"{handle} Who?").text == expected.text
 
 
 def test_a_formatted_prompt_goes_to_the_model_as_it_is(llm, tiny_generator):
@@ -116,8 +117,8 @@ def test_without_a_chat_template_messages_become_text(tiny_compressor, tiny_gene
     assert plain.chat(ask("Who?"), max_new_tokens=4).message.content == expected
 
 
-def test_pieces_of_a_stream_join_to_the_whole_answer(llm, memory):
-    prompt = f"{memory.handle} Who?"
+def test_pieces_of_a_stream_join_to_the_whole_answer(llm, handle):
+    prompt = f"{handle} Who?"
     whole = llm.complete(prompt)
     pieces = list(llm.stream_complete(prompt))
     assert "".join(piece.delta for piece in pieces) == pieces[-1].text == whole.text
@@ -126,8 +127,8 @@ def test_pieces_of_a_stream_join_to_the_whole_answer(llm, memory):
     assert "".join(message.delta for message in messages) == messages[-1].message.content == whole.text
 
 
-def test_async_calls_answer_as_the_blocking_ones(llm, memory):
-    prompt = f"{memory.handle} Who?"
+def test_async_calls_answer_as_the_blocking_ones(llm, handle):
+    prompt = f"{handle} Who?"
 
     async def all_four() -> list[str]:
         complete = (await llm.acomplete(prompt)).text
@@ -204,19 +205,19 @@ def test_a_handle_nobody_made_is_an_error_that_names_it(llm):
             call(f"What is {ABSENT}?")
 
 
-def test_a_handle_of_another_namespace_never_resolves(tiny_compressor, tiny_generator, store, memory):
+def test_a_handle_of_another_namespace_never_resolves(tiny_compressor, tiny_generator, store, handle):
     other = PICLLM(compressor=tiny_compressor, generator=tiny_generator, store=store, namespace="other")
-    assert other.unknown_handles([memory.handle]) == [memory.handle]
+    assert other.unknown_handles([handle]) == [handle]
     with pytest.raises(UnknownHandleError):
-        other.complete(memory.handle)
+        other.complete(handle)
 
 
-def test_an_escaped_handle_is_text(llm, memory):
-    assert llm.complete(escape_handles(memory.handle)).raw["usage"]["memory_tokens"] == 0
+def test_an_escaped_handle_is_text(llm, handle):
+    assert llm.complete(escape_handles(handle)).raw["usage"]["memory_tokens"] == 0
 
 
-def test_the_tokenizer_counts_a_handle_as_its_memory_tokens(llm, memory):
-    assert llm.tokenize(f"ab{memory.handle}c{memory.handle}") == [
+def test_the_tokenizer_counts_a_handle_as_its_memory_tokens(llm, memory, handle):
+    assert llm.tokenize(f"ab{handle}c{handle}") == [
         *llm.tokenize("ab"),
         *[-1] * memory.memory_tokens,
         *llm.tokenize("c"),
@@ -254,19 +255,19 @@ def test_a_message_that_holds_no_text_is_refused(llm):
         llm.chat([ChatMessage(role="user", blocks=[ImageBlock(image=b"x")])])
 
 
-def test_llama_index_counts_the_tokens_that_the_model_read(llm, memory):
+def test_llama_index_counts_the_tokens_that_the_model_read(llm, handle):
     counter = TokenCountingHandler(tokenizer=lambda text: text.split())
     llm.callback_manager = CallbackManager([counter])
-    usage = llm.chat(ask(memory.handle)).raw["usage"]
+    usage = llm.chat(ask(handle)).raw["usage"]
     assert counter.prompt_llm_token_count == usage["prompt_tokens"]
     assert counter.completion_llm_token_count == usage["completion_tokens"]
 
 
-def test_predict_and_stream_work_with_prompt_templates(llm, memory):
+def test_predict_and_stream_work_with_prompt_templates(llm, handle):
     template = PromptTemplate("{context} Who?")
-    whole = llm.predict(template, context=memory.handle)
-    assert "".join(llm.stream(template, context=memory.handle)) == whole
-    assert asyncio.run(llm.apredict(template, context=memory.handle)) == whole
+    whole = llm.predict(template, context=handle)
+    assert "".join(llm.stream(template, context=handle)) == whole
+    assert asyncio.run(llm.apredict(template, context=handle)) == whole
 
 
 def test_a_misspelt_setting_and_an_impossible_namespace_are_refused():

@@ -13,7 +13,7 @@ import time
 import pytest
 from llama_index.core import Document, StorageContext, VectorStoreIndex, load_index_from_storage
 from llama_index.core.base.embeddings.base import BaseEmbedding
-from llama_index.core.bridge.pydantic import PrivateAttr
+from llama_index.core.bridge.pydantic import Field, PrivateAttr
 from llama_index.core.evaluation import FaithfulnessEvaluator, RelevancyEvaluator
 from llama_index.core.ingestion import IngestionCache, IngestionPipeline
 from llama_index.core.node_parser import SentenceSplitter
@@ -140,6 +140,45 @@ def test_the_prompt_shrinks_by_the_ratio(real_index, real_postprocessor, real_ll
     assert real_llm.complete(prompt).raw["usage"]["memory_tokens"] == memory_tokens
 
 
+class RecordingLLM(PICLLM):
+    """PICLLM that keeps each prompt, and what its answer cost."""
+
+    asked: list = Field(default_factory=list)
+
+    def _answer(self, prompt, settings):
+        response = super()._answer(prompt, settings)
+        self.asked.append(("\n".join(message["content"] for message in prompt), response.raw["usage"]))
+        return response
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ask", ["compact", "tree_summarize", "context", "condense_plus_context"])
+def test_two_lines_change_the_documents_in_the_prompt_and_nothing_else(
+    real_index, real_postprocessor, real_llm, real_compressor, ask
+):
+    def run(postprocessors):
+        llm = RecordingLLM(**{name: getattr(real_llm, name) for name in real_llm.model_fields_set})
+        settings = {"llm": llm, "node_postprocessors": postprocessors, "similarity_top_k": 2}
+        if "context" in ask:
+            response = real_index.as_chat_engine(chat_mode=ask, **settings).chat(QUESTION)
+        else:
+            response = real_index.as_query_engine(response_mode=ask, **settings).query(QUESTION)
+        return response, *llm.asked[-1]
+
+    without, text, text_usage = run([])
+    with_memories, shown, usage = run([real_postprocessor])
+    for node in with_memories.source_nodes:
+        original = restore_nodes([node])[0].node.get_content(MetadataMode.LLM)
+        assert shown.count(node.metadata["pic_memory"]) == 1
+        shown = shown.replace(node.metadata["pic_memory"], original)
+    assert shown == text
+    assert restore_nodes(with_memories.source_nodes) == without.source_nodes  # text, ids, scores, order, metadata
+    saved = text_usage["prompt_tokens"] - usage["prompt_tokens"]
+    ratio = real_compressor.config.ratio
+    assert (usage["memory_tokens"] + saved) / usage["memory_tokens"] == pytest.approx(ratio, rel=0.1)
+    assert str(with_memories).strip()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["context", "condense_question", "condense_plus_context"])
 def test_chat_engines_answer_two_turns(real_index, real_postprocessor, real_llm, mode):
@@ -170,7 +209,8 @@ def test_an_evaluator_reads_the_source_text(real_index, real_postprocessor, real
 
 @pytest.mark.slow
 def test_streaming_gives_the_whole_answer_in_pieces(real_index, real_postprocessor, real_llm):
-    whole = str(real_index.as_query_engine(llm=real_llm, node_postprocessors=[real_postprocessor]).query(QUESTION))
+    asking = real_index.as_query_engine(llm=real_llm, node_postprocessors=[real_postprocessor])
+    _, whole = (str(asking.query(QUESTION)) for _ in range(2))  # what is read first may round otherwise in bfloat16
     engine = real_index.as_query_engine(llm=real_llm, node_postprocessors=[real_postprocessor], streaming=True)
     pieces = [piece for piece in engine.query(QUESTION).response_gen if piece]
     assert len(pieces) > 1
@@ -178,8 +218,10 @@ def test_streaming_gives_the_whole_answer_in_pieces(real_index, real_postprocess
 
 
 @pytest.mark.slow
-def test_thirty_two_concurrent_queries_answer_as_one_by_one(real_index, real_postprocessor, real_llm):
-    brief = real_llm.model_copy(update={"max_new_tokens": 4})
+def test_thirty_two_concurrent_queries_answer_as_one_by_one(real_index, real_postprocessor, real_llm, real_compressor):
+    # What was read before rounds otherwise in bfloat16: keep nothing, and equal prompts have equal answers.
+    generator = Generator.from_checkpoint(real_compressor.checkpoint, prefix_cache_bytes=0)
+    brief = real_llm.model_copy(update={"max_new_tokens": 8, "generator": generator})
     engine = real_index.as_query_engine(llm=brief, node_postprocessors=[real_postprocessor], similarity_top_k=1)
     subjects = ("lighthouse", "museum", "seals", "dogs", "lamp", "oars", "wreck", "pups")
     questions = [
@@ -192,6 +234,7 @@ def test_thirty_two_concurrent_queries_answer_as_one_by_one(real_index, real_pos
         return [str(answer) for answer in answers]
 
     assert asyncio.run(all_at_once()) == expected
+    assert len(set(expected)) > 1
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import MockLLM
 from llama_index.core.schema import MetadataMode, NodeWithScore, QueryBundle, TextNode
 from llama_index.core.storage.docstore import SimpleDocumentStore
+from llama_index.llms.pic_rag import PICLLM
 from llama_index.postprocessor.pic_rag import PICCompressEndEvent, PICCompressor, PICTransform, restore_nodes
 
 from pic_rag import escape_handles, find_handles
@@ -20,6 +21,11 @@ from pic_rag import escape_handles, find_handles
 
 def shown(node: NodeWithScore) -> str:
     return node.node.get_content(MetadataMode.LLM)
+
+
+def plain(compressor: PICCompressor, node: NodeWithScore) -> str | None:
+    """The handle that a node shows, without its signature."""
+    return compressor.signer.verify(shown(node))
 
 
 def test_importing_the_package_loads_no_torch():
@@ -41,12 +47,12 @@ def test_the_llm_is_shown_the_handle_and_everybody_else_the_text(compressor, nod
 def test_the_handle_stands_for_what_the_llm_would_have_read(compressor, nodes, tiny_compressor):
     [after] = compressor.postprocess_nodes(nodes[:1])
     assert shown(nodes[0]) == f"page: 0\n\n{nodes[0].text}"
-    assert shown(after) == tiny_compressor.handle(shown(nodes[0]))
+    assert plain(compressor, after) == tiny_compressor.handle(shown(nodes[0]))
 
 
 def test_metadata_mode_none_compresses_the_text_alone(tiny_compressor, store, nodes):
     alone = PICCompressor(compressor=tiny_compressor, store=store, metadata_mode="none")
-    assert shown(alone.postprocess_nodes(nodes)[0]) == tiny_compressor.handle(nodes[0].text)
+    assert plain(alone, alone.postprocess_nodes(nodes)[0]) == tiny_compressor.handle(nodes[0].text)
 
 
 def test_ids_scores_order_metadata_and_relationships_survive(compressor, nodes):
@@ -76,7 +82,7 @@ def test_a_template_of_the_users_own_is_compressed_and_comes_back(compressor, ti
         )
     )
     [after] = compressor.postprocess_nodes([node])
-    assert shown(after) == tiny_compressor.handle("b <- 1")
+    assert plain(compressor, after) == tiny_compressor.handle("b <- 1")
     assert restore_nodes([after]) == [node]
 
 
@@ -141,6 +147,28 @@ def test_another_ratio_makes_other_memories(tiny_compressor, store, nodes):
     assert set(handles(ratio=4)).isdisjoint(handles(ratio=16))
     with pytest.raises(ValueError, match="ratio must be one of"):
         handles(ratio=5)
+
+
+def test_min_fidelity_lets_each_text_keep_what_it_needs(tiny_compressor, tiny_generator, store, nodes, llm):
+    def memory_tokens(floor: float) -> int:
+        compressor = PICCompressor(
+            compressor=tiny_compressor, generator=tiny_generator, store=store, min_fidelity=floor, metadata_mode="none"
+        )
+        [node] = compressor.postprocess_nodes(nodes[:1])
+        assert restore_nodes([node]) == nodes[:1]
+        return llm.complete(shown(node), formatted=True).raw["usage"]["memory_tokens"]
+
+    assert memory_tokens(1.0) == len(nodes[0].text)  # raw text
+    assert memory_tokens(0.0) == -(-len(nodes[0].text) // 64)
+    with pytest.raises(ValueError, match="min_fidelity"):
+        PICCompressor(min_fidelity=2)
+
+
+def test_min_fidelity_is_checked_by_the_generator_that_the_llm_shares(checkpoints, store, nodes):
+    settings = {"model_name": checkpoints[0], "dtype": "float32", "store": store}
+    compressor = PICCompressor(**settings, min_fidelity=0.0)
+    assert compressor.postprocess_nodes(nodes[:1])
+    assert compressor._checking_generator() is PICLLM(**settings).get_generator()
 
 
 def test_two_compressors_with_the_same_settings_share_the_model(checkpoints):

@@ -37,15 +37,9 @@ def test_the_memories_are_in_the_store_before_the_first_question(transform, comp
     carrying = transform([node.node for node in nodes])
     monkeypatch.setattr(type(compressor.compressor), "compress", lambda *_: pytest.fail("compressed again"))
     shown = compressor.postprocess_nodes([NodeWithScore(node=node) for node in carrying])
-    handles = [node.node.get_content(MetadataMode.LLM) for node in shown]
+    signer = compressor.signer
+    handles = [signer.verify(node.node.get_content(MetadataMode.LLM)) for node in shown]
     assert handles == [node.metadata["pic_memory"] for node in carrying]
-
-
-def test_show_handles_serves_the_llm_from_the_index_alone(tiny_compressor, store, nodes, llm):
-    transform = PICTransform(compressor=tiny_compressor, store=store, show_handles=True)
-    index = VectorStoreIndex(transform([node.node for node in nodes]), embed_model=MockEmbedding(embed_dim=8))
-    assert index.as_query_engine(llm=llm).query("Who?").source_nodes[0].text
-    assert find_handles(index.as_retriever().retrieve("Who?")[0].node.get_content(MetadataMode.LLM))
 
 
 def test_an_empty_input_and_an_empty_node_are_no_error(transform):
@@ -89,7 +83,7 @@ def test_memories_that_a_cached_run_lacks_are_made_by_the_postprocessor(
 
 @pytest.mark.parametrize(
     "change",
-    [{"ratio": 16}, {"at_rest": "int8"}, {"namespace": "b"}, {"metadata_mode": "none"}, {"show_handles": True}],
+    [{"ratio": 16}, {"at_rest": "int8"}, {"namespace": "b"}, {"metadata_mode": "none"}, {"min_fidelity": 0.5}],
 )
 def test_every_setting_that_changes_memories_changes_the_cache_key(tiny_compressor, change):
     node = TextNode(text="Seals rest here.")
@@ -110,13 +104,13 @@ def test_other_weights_change_the_cache_key_and_the_memories(checkpoints, store)
     assert handles[0] != handles[1]
 
 
-def test_other_weights_under_the_same_name_change_the_cache_key(checkpoints):
+def test_other_weights_or_another_dtype_under_the_same_name_change_the_cache_key(checkpoints):
     node = TextNode(text="Seals rest here.")
     keys = set()
-    for folder in checkpoints:
-        transform = PICTransform(model_name="mine", compressor=Compressor.from_pretrained(folder, dtype="float32"))
+    for folder, dtype in ((checkpoints[0], "float32"), (checkpoints[1], "float32"), (checkpoints[1], "bfloat16")):
+        transform = PICTransform(model_name="mine", compressor=Compressor.from_pretrained(folder, dtype=dtype))
         keys.add(get_transformation_hash([node], transform))
-    assert len(keys) == 2
+    assert len(keys) == 3
 
 
 def test_settings_survive_json(transform):

@@ -17,7 +17,7 @@ from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from langchain_pic_rag import ChatPIC, PICRetriever, escape_input
 from langchain_pic_rag.tools import format_calls, parse_calls
 
-from pic_rag import Generator, UnknownHandleError
+from pic_rag import Generator, SQLiteStore, UnknownHandleError
 
 PROMPT = ChatPromptTemplate.from_messages([("system", "Use this:\n{context}"), ("human", "{input}")])
 
@@ -177,20 +177,25 @@ def test_a_question_that_holds_a_handle_is_refused_before_anything_is_read(chat,
     assert (escape_input | chain).invoke({"input": f"what is {handles[0]}?"})["answer"]
 
 
+def lose_memories(store):
+    """Only texts and the key that handles are signed with are left."""
+    store.mdelete([key for key in store.yield_keys() if "/text/" not in key and not key.endswith("/key")])
+
+
 def test_a_memory_that_the_store_has_lost_is_made_again_from_the_text_it_keeps(chat, compressor, documents, store):
     expected = {}
     for ratio in (4, 16):
         made = compressor.model_copy(update={"ratio": ratio}).compress_documents(documents[:1], "q")
         expected[made[0].page_content] = chat.invoke(made[0].page_content).content
-    store.mdelete([key for key in store.yield_keys() if "/text/" not in key])
+    lose_memories(store)
     assert {handle: chat.invoke(handle).content for handle in expected} == expected
-    store.mdelete(list(store.yield_keys()))
-    with pytest.raises(UnknownHandleError, match=r"neither its memory nor its text. Compress its document again"):
+    store.mdelete([key for key in store.yield_keys() if not key.endswith("/key")])
+    with pytest.raises(UnknownHandleError, match=r"nor its text. Compress its document again"):
         chat.invoke(next(iter(expected)))
 
 
 def test_a_text_of_another_namespace_or_compressor_makes_no_memory(chat, handles, store, other_compressor):
-    store.mdelete([key for key in store.yield_keys() if "/text/" not in key])
+    lose_memories(store)
     for other in ({"namespace": "other"}, {"compressor": other_compressor}):
         with pytest.raises(UnknownHandleError):
             chat.model_copy(update=other).invoke(handles[0])
@@ -241,6 +246,23 @@ def test_the_llm_cache_answers_again_and_never_for_another_ratio_checkpoint_or_n
         retrained.invoke(handle)
     with pytest.raises(UnknownHandleError):
         chat.model_copy(update={"namespace": "other"}).invoke(handle)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_tokens": 3},
+        {"temperature": 0.5},
+        {"top_p": 0.5},
+        {"seed": 1},
+        {"stop": ["x"]},
+        {"namespace": "other"},
+        {"store": SQLiteStore("elsewhere.sqlite")},
+    ],
+)
+def test_all_that_an_answer_depends_on_is_in_the_key_of_the_llm_cache(chat, change):
+    assert chat.model_copy()._get_llm_string() == chat._get_llm_string()
+    assert chat.model_copy(update=change)._get_llm_string() != chat._get_llm_string()
 
 
 def test_a_compressor_and_a_generator_that_do_not_belong_together_are_refused(tiny_compressor, tiny_generator):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import pickle
+import subprocess
+import sys
 
 import pytest
 from langchain_classic.retrievers import ContextualCompressionRetriever
@@ -16,6 +18,7 @@ from langchain_core.load import dumpd, load
 from langchain_core.stores import InMemoryByteStore
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from langchain_pic_rag import (
+    ChatPIC,
     PICByteStore,
     PICCompressor,
     PICDocumentTransformer,
@@ -119,12 +122,11 @@ def test_compressing_twice_is_compressing_once_and_another_ratio_starts_from_the
     assert coarse.compress_documents(once, "q") == coarse.compress_documents(documents, "q") != once
 
 
-def test_a_handle_without_source_passes_if_the_memory_is_there_and_is_an_error_if_not(compressor, documents):
+def test_a_compressed_document_whose_text_is_nowhere_cannot_be_compressed_again(compressor, documents):
     compressor.keep_source = False
     once = compressor.compress_documents(documents, "q")
-    assert compressor.compress_documents(once, "q") == once
-    with pytest.raises(UnknownHandleError):
-        compressor.model_copy(update={"namespace": "other"}).compress_documents(once, "q")
+    with pytest.raises(UnknownHandleError, match="compress the original again"):
+        compressor.compress_documents(once, "q")
 
 
 def test_top_n_keeps_the_first_documents(compressor, documents):
@@ -136,6 +138,54 @@ def test_documents_with_handles_survive_pickle_and_json(compressor, documents):
     compressed = compressor.compress_documents(documents, "q")
     assert pickle.loads(pickle.dumps(compressed)) == compressed
     assert [load(json.loads(json.dumps(dumpd(document)))) for document in compressed] == compressed
+    assert [Document.model_validate_json(document.model_dump_json()) for document in compressed] == compressed
+
+
+def test_documents_with_handles_are_read_and_restored_in_another_process(compressor, documents, checkpoints, tmp_path):
+    settings = {"model_name": checkpoints[0], "dtype": "float32", "cache_folder": str(tmp_path)}
+    compressed = PICCompressor(**settings).compress_documents(documents, "q")
+    (tmp_path / "documents.pickle").write_bytes(pickle.dumps((settings, compressed)))
+    code = (
+        "import pathlib, pickle, sys; from langchain_pic_rag import ChatPIC, restore_documents; "
+        "settings, documents = pickle.loads(pathlib.Path(sys.argv[1]).read_bytes()); "
+        "answer = ChatPIC(**settings, max_tokens=2).invoke(documents[0].page_content); "
+        "print(answer.usage_metadata['input_token_details']['memory'], restore_documents(documents)[0].page_content)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "documents.pickle")]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    text = documents[0].page_content
+    assert printed == f"{-(-len(text) // 4)} {text}"
+
+
+def test_metadata_printed_into_a_prompt_holds_neither_text_nor_handle(compressor, documents):
+    for document in compressor.compress_documents(documents, "q"):
+        printed = f"Source: {document.metadata}"
+        assert document.metadata["pic_source_text"] not in printed
+        assert find_handles(printed) == []
+        assert f"<{len(document.metadata['pic_source_text'])} characters>" in printed
+
+
+def test_min_fidelity_lets_each_text_keep_what_it_needs(compressor, documents, tiny_generator, chat):
+    checking = compressor.model_copy(update={"min_fidelity": 1.0, "generator": tiny_generator})
+    raw = checking.compress_documents(documents, "q")
+    assert {document.metadata["pic_ratio"] for document in raw} == {1}
+    assert {document.metadata["pic_fidelity"] for document in raw} == {1.0}
+    coarse = checking.model_copy(update={"min_fidelity": 0.0}).compress_documents(documents, "q")
+    assert {document.metadata["pic_ratio"] for document in coarse} == {64}
+    assert restore_documents([*raw, *coarse], store=compressor.store) == documents * 2
+    assert chat.invoke(raw[0].page_content).usage_metadata["input_token_details"]["memory"] == len(
+        documents[0].page_content
+    )
+    with pytest.raises(ValueError, match="min_fidelity"):
+        PICCompressor(min_fidelity=1.5)
+
+
+def test_min_fidelity_is_checked_by_the_generator_that_chat_pic_shares(checkpoints, store, documents):
+    settings = {"model_name": checkpoints[0], "dtype": "float32", "store": store}
+    compressed = PICCompressor(**settings, min_fidelity=0.0).compress_documents(documents[:1], "q")
+    assert 0 <= compressed[0].metadata["pic_fidelity"] < 1
+    checking = PICDocumentTransformer(**settings, min_fidelity=0.0)
+    assert checking._checking_generator() is ChatPIC(**settings).get_generator()
 
 
 def test_a_component_given_by_settings_pickles():
@@ -147,7 +197,7 @@ def test_a_component_given_by_settings_pickles():
 def test_any_byte_store_of_langchain_keeps_the_memories(compressor, chat, documents, make):
     other = make()
     compressed = compressor.model_copy(update={"store": other}).compress_documents(documents, "q")
-    assert len(list(other.yield_keys(prefix="default/"))) == 2 * len(documents)  # a memory and a text each
+    assert len(list(other.yield_keys(prefix="default/"))) == 2 * len(documents) + 1  # memories, texts, the key
     assert chat.model_copy(update={"store": other}).invoke(compressed[0].page_content)
     assert list(compressor.store.yield_keys()) == []
 
@@ -195,14 +245,11 @@ def test_the_wrong_input_of_a_chain_step_is_named(compressor):
 def test_ingestion_keeps_the_text_to_embed_and_leaves_nothing_to_compress_at_question_time(compressor, documents):
     ingest = PICDocumentTransformer(compressor=compressor.compressor, store=compressor.store)
     ingested = ingest.transform_documents(documents)
-    assert [document.page_content for document in ingested] == [document.page_content for document in documents]
+    assert ingested == documents
     assert asyncio.run(ingest.atransform_documents(documents)) == ingested
     runs = RunCollectorCallbackHandler()
-    compressed = compressor.as_runnable().invoke(ingested, {"callbacks": [runs]})
+    compressor.as_runnable().invoke(ingested, {"callbacks": [runs]})
     assert runs.traced_runs[0].child_runs[0].outputs["cached_documents"] == len(documents)
-    assert [document.page_content for document in compressed] == [d.metadata["pic_memory"] for d in ingested]
-    replacing = ingest.model_copy(update={"replace_content": True})
-    assert replacing.transform_documents(documents) == compressed
 
 
 def test_an_llm_that_cannot_read_handles_is_an_error_at_the_compressor_or_gets_the_text(compressor, documents):
@@ -229,7 +276,7 @@ def test_restore_puts_the_text_into_any_kind_of_prompt(compressor, documents):
     from langchain_core.messages import HumanMessage, ToolMessage
     from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 
-    handle = compressor.compress_documents(documents, "q")[0].page_content
+    handle, other, *_ = (document.page_content for document in compressor.compress_documents(documents, "q"))
     restore = PICRestore(store=compressor.store)
     text = documents[0].page_content
     assert restore.invoke(f"<{handle}>") == f"<{text}>"
@@ -243,5 +290,7 @@ def test_restore_puts_the_text_into_any_kind_of_prompt(compressor, documents):
     restored = restore.invoke(messages)
     assert [message.text for message in restored] == [text, text]
     assert asyncio.run(restore.ainvoke(messages)) == restored
+    with pytest.raises(UnknownHandleError, match="this handle where people write"):
+        restore.invoke([ToolMessage(handle, tool_call_id="1"), HumanMessage(f"What is {other}?")])
     with pytest.raises(UnknownHandleError):
         PICRestore(store=compressor.store, namespace="other").invoke(handle)

@@ -5,12 +5,22 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from typing import ClassVar
 
 import pytest
 from langchain_core.language_models import FakeListChatModel, FakeListLLM
-from langchain_core.prompts import ChatPromptTemplate
-from langchain_core.runnables import RunnableLambda
-from langchain_pic_rag import ChatPIC, HandleGuard, PICCompressor, PICDocumentTransformer, PICRestore, reads_handles
+from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
+from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+from langchain_pic_rag import (
+    ChatPIC,
+    HandleGuard,
+    PICCompressor,
+    PICDocumentTransformer,
+    PICRestore,
+    PICRetriever,
+    guard,
+    reads_handles,
+)
 
 from pic_rag import Compressor, unload_shared
 
@@ -49,6 +59,45 @@ def test_the_guard_stops_handles_before_any_other_llm_and_lets_all_else_pass(com
     assert llm.invoke("no handle", config)
     assert (PICRestore(store=compressor.store) | llm).invoke(handle, config)
     assert chat.invoke(handle, config).content == chat.invoke(handle).content
+
+
+class Passing(FakeListChatModel):
+    """A model of somebody's that passes its prompts on to `ChatPIC`, and says so."""
+
+    reads_handles: ClassVar[bool] = True
+
+
+@pytest.mark.parametrize("llm", [PLAIN, FakeListLLM(responses=["yes"])])
+def test_a_chain_that_ends_in_another_llm_is_stopped_without_asking_for_it(compressor, base_retriever, llm):
+    retriever = PICRetriever(base_retriever=base_retriever, base_compressor=compressor)
+    prompt = {"context": retriever, "question": RunnablePassthrough()} | PromptTemplate.from_template(
+        "{context} {question}"
+    )
+    chain = prompt | llm
+    for ask in (chain.invoke, lambda text: asyncio.run(chain.ainvoke(text)), lambda text: list(chain.stream(text))):
+        with pytest.raises(ValueError, match=f"llm must read handles, as ChatPIC does, got {type(llm).__name__}"):
+            ask("Who?")
+    assert (prompt | PICRestore(store=compressor.store) | llm).invoke("Who?")
+
+
+def test_nothing_that_somebody_types_stops_another_chain(compressor, documents):
+    handle = compressor.compress_documents(documents, "q")[0].page_content
+    computed = compressor.get_compressor().handle(documents[0].page_content)
+    for typed in (computed, f"{handle[:-4]}00]]", f"[[pic:{'0' * 64}]]"):
+        assert PLAIN.invoke(typed).content == "yes"
+
+
+def test_a_model_that_says_it_reads_handles_gets_them(compressor, documents):
+    handle = compressor.compress_documents(documents, "q")[0].page_content
+    for config in ({}, {"callbacks": [HandleGuard()]}):
+        assert Passing(responses=["yes"]).invoke(handle, config).content == "yes"
+
+
+def test_the_watch_forgets_the_oldest_handles(monkeypatch):
+    monkeypatch.setattr(guard, "_WATCHED_HANDLES", 2)
+    watcher = guard._Watch()
+    watcher.add(["a", "b", "a", "c"])
+    assert [watcher._concerns(handle) for handle in "abc"] == [True, False, True]
 
 
 def test_equal_settings_share_what_they_load(checkpoints, tmp_path):

@@ -11,7 +11,7 @@ from langchain_core.messages import AIMessage, HumanMessage, ToolMessage
 from langchain_core.tools import create_retriever_tool, tool
 from langchain_pic_rag import ChatPIC, PICRetriever
 
-from pic_rag import find_handles
+from pic_rag import UnknownHandleError, find_handles
 
 agents = pytest.importorskip("langchain.agents", reason="PICMiddleware needs the extra 'agents'")
 
@@ -81,19 +81,56 @@ def test_a_handle_that_a_user_types_is_text(calling, compressor, documents):
     assert messages[-1].usage_metadata["input_token_details"]["memory"] == 0
 
 
-@pytest.mark.parametrize("output", ["short", "hostile"])
+@pytest.mark.parametrize("output", ["short", "computed", "forged"])
 def test_a_tool_message_left_alone_resolves_no_handle(calling, compressor, documents, output):
     from langchain_pic_rag import PICMiddleware
 
-    handle = compressor.compress_documents(documents, "q")[0].page_content
+    computed = compressor.get_compressor().handle(documents[0].page_content)
+    compressor.compress_documents(documents, "q")
 
     @tool("search")
     def answer(query: str) -> str:
         """Search the archive."""
-        return "42" if output == "short" else handle
+        return {"short": "42", "computed": computed, "forged": f"{computed[:-2]}{'0' * 32}]]"}[output]
 
     agent = agents.create_agent(calling, [answer], middleware=[PICMiddleware(compressor)])
     assert run(agent, "?", "sync")[-1].usage_metadata["input_token_details"]["memory"] == 0
+
+
+def test_a_tool_that_answers_with_handles_has_to_be_named(calling, compressor, base_retriever):
+    from langchain_pic_rag import PICMiddleware
+
+    retriever = PICRetriever(base_retriever=base_retriever, base_compressor=compressor)
+    searching = create_retriever_tool(retriever, "search", "Search the island.")
+    agent = agents.create_agent(calling, [searching], middleware=[PICMiddleware(compressor)])
+    with pytest.raises(ValueError, match="handle_tools must name each tool .* got one from 'search'"):
+        run(agent, "?", "sync")
+
+
+def test_a_conversation_that_is_resumed_after_days_reads_its_tools_handles(calling, compressor, documents, monkeypatch):
+    from langchain_pic_rag import PICMiddleware
+
+    handle = compressor.compress_documents(documents, "q")[0].page_content
+    call = AIMessage("", tool_calls=[{"name": "search", "args": {"query": "x"}, "id": "1"}])
+    history = [HumanMessage("?"), call, ToolMessage(handle, tool_call_id="1", name="search"), AIMessage("Ida.")]
+    monkeypatch.setattr("pic_rag.store.signing._today", lambda: 40000)
+    middleware = PICMiddleware(compressor, handle_tools=["search"])
+    agent = agents.create_agent(calling, [search], middleware=[middleware])
+    messages = agent.invoke({"messages": [*history, HumanMessage("And when?")]})["messages"]
+    assert messages[-1].usage_metadata["input_token_details"]["memory"] > 0
+    with pytest.raises(UnknownHandleError):
+        agents.create_agent(calling, [search]).invoke({"messages": [*history, HumanMessage("And when?")]})
+
+
+def test_handles_in_the_arguments_of_a_call_are_text(calling, compressor, documents):
+    from langchain_pic_rag import PICMiddleware
+
+    handle = compressor.compress_documents(documents, "q")[0].page_content
+    call = AIMessage("", tool_calls=[{"name": "search", "args": {"query": handle}, "id": "1"}])
+    history = [HumanMessage(f"Find {handle}"), call, ToolMessage("Nothing.", tool_call_id="1", name="search")]
+    agent = agents.create_agent(calling, [search], middleware=[PICMiddleware(compressor)])
+    messages = agent.invoke({"messages": history})["messages"]
+    assert messages[-1].usage_metadata["input_token_details"]["memory"] == 0
 
 
 def test_the_handles_of_a_retriever_tool_are_trusted_by_name(calling, compressor, base_retriever):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Generator as ResponseStream
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
@@ -24,23 +24,24 @@ from llama_index.core.llms.llm import LLM, default_completion_to_prompt
 from llama_index.llms.pic_rag.responses import as_chat, as_messages, completion, completions
 from llama_index.llms.pic_rag.streams import iterate_in_thread
 
-from pic_rag import UnknownHandleError, find_handles, shared_checkpoint, shared_generator, shared_store
+from pic_rag import HandleSigner, UnknownHandleError, find_handles, shared_checkpoint, shared_generator, shared_store
 
 if TYPE_CHECKING:
-    from pic_rag import BaseGenerator, Checkpoint, Generation, Memory, MemoryCache
+    from pic_rag import BaseGenerator, Checkpoint, Generation, Memory, MemoryCache, MemoryStore
 
 _REMEDY = (
-    "This namespace of the store does not have its memory: pass its node through PICCompressor again, with the same "
-    "compressor, store and namespace, or through pic_rag.escape_handles if a user typed it."
+    "This namespace of the store does not have its memory, made by this LLM's compressor: pass its node through "
+    "PICCompressor again."
 )
-Prompt = str | list[dict[str, Any]]
+Prompt = str | Sequence[Mapping[str, Any]]
 
 
 class PICLLM(LLM):
     """A local LLM that reads memories. Nothing is loaded before it is first used; calls from many threads take turns.
 
-    Handles are resolved from this LLM's own namespace of its store, and only those of its own compressor. Any other
-    handle raises `pic_rag.UnknownHandleError`.
+    A handle is read only if `PICCompressor` handed it out lately in this LLM's namespace of its store
+    (`pic_rag.HandleSigner`), and if this LLM's compressor made the memory. Any other raises
+    `pic_rag.UnknownHandleError`, and so do handles in what people say when system or tool messages hold some.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
@@ -130,22 +131,30 @@ class PICLLM(LLM):
             self.get_checkpoint(), self.generator_name, device=self.device, dtype=self.dtype, **self.model_kwargs
         )
 
+    def get_store(self) -> MemoryStore:
+        """The store in use."""
+        return self.store if self.store is not None else shared_store(self.cache_folder)
+
     def get_memory_cache(self) -> MemoryCache:
         """The memories that this LLM reads."""
         from pic_rag import MemoryCache
 
-        store = self.store if self.store is not None else shared_store(self.cache_folder)
-        return MemoryCache(store, self.get_checkpoint().fingerprint, namespace=self.namespace)
+        return MemoryCache(self.get_store(), self.get_checkpoint().fingerprint, namespace=self.namespace)
+
+    @property
+    def signer(self) -> HandleSigner:
+        """Knows the handles that were handed out in this namespace."""
+        return HandleSigner(self.get_store(), self.namespace)
 
     def unknown_handles(self, handles: Sequence[str]) -> list[str]:
-        """Those of the handles that this LLM could not resolve. `PICCompressor` asks before it shows them."""
-        cache = self.get_memory_cache()
-        return [handle for handle in handles if handle not in cache]
+        """Those of the signed handles that this LLM would not read. `PICCompressor` asks before it shows them."""
+        signer, cache = self.signer, self.get_memory_cache()
+        return [signed for signed in handles if (handle := signer.verify(signed)) is None or handle not in cache]
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, a handle as its memory tokens (-1 each): `set_global_tokenizer(llm.tokenize)`.
 
-        LlamaIndex plans prompts by this count. A handle that is not known here counts as text.
+        LlamaIndex plans prompts by this count. A handle that would not be read counts as text.
         """
         token_ids: list[int] = []
         for handle in find_handles(text):
@@ -202,14 +211,12 @@ class PICLLM(LLM):
         return iterate_in_thread(await asyncio.to_thread(self._stream_chat, messages, kwargs))
 
     def _answer(self, prompt: Prompt, settings: dict[str, Any]) -> CompletionResponse:
-        generations: list[Generation] = self.get_generator().generate(
-            prompt, self._read(prompt), **self._settings(settings)
-        )
+        generations: list[Generation] = self.get_generator().generate(*self._read(prompt), **self._settings(settings))
         return completion(generations[0])
 
     def _stream(self, prompt: Prompt, settings: dict[str, Any]) -> ResponseStream[CompletionResponse, None, None]:
         """Checks the prompt now, decodes when the first piece is asked for."""
-        return completions(self.get_generator().stream(prompt, self._read(prompt), **self._settings(settings)))
+        return completions(self.get_generator().stream(*self._read(prompt), **self._settings(settings)))
 
     def _stream_chat(
         self, messages: Sequence[ChatMessage], settings: dict[str, Any]
@@ -235,17 +242,18 @@ class PICLLM(LLM):
             return self.messages_to_prompt(messages)
         return as_messages(messages)
 
-    def _read(self, prompt: Prompt) -> list[Memory]:
-        """The memories of the prompt's handles.
+    def _read(self, prompt: Prompt) -> tuple[Prompt, list[Memory]]:
+        """The prompt with its signed handles as plain ones, and their memories.
 
         Raises:
-            UnknownHandleError: one is missing. Its text is not at hand here: only the postprocessor has the nodes.
+            UnknownHandleError: one was not handed out here lately, or its memory is missing. Its text is not at hand:
+                only the postprocessor has the nodes.
         """
-        texts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
-        handles = list(dict.fromkeys(handle for text in texts for handle in find_handles(text)))
-        if not handles:
-            return []
-        memories = self.get_memory_cache().get(handles)
+        read, handles = self.signer.unsign(prompt)
+        return read, self._memories(list(dict.fromkeys(handles)))
+
+    def _memories(self, handles: Sequence[str]) -> list[Memory]:
+        memories = self.get_memory_cache().get(handles) if handles else []
         known = [memory for memory in memories if memory is not None]
         if None in memories:
             raise UnknownHandleError(handles[memories.index(None)], len(known), _REMEDY)
@@ -255,11 +263,12 @@ class PICLLM(LLM):
         tokenizer = self.get_generator().tokenizer
         return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
 
-    def _count_memory_tokens(self, handle: str) -> int | None:
+    def _count_memory_tokens(self, signed: str) -> int | None:
         """Kept for the next time: prompts are planned by counting the same handles again and again."""
-        if handle not in self._memory_tokens:
-            [memory] = self.get_memory_cache().get([handle])
+        if signed not in self._memory_tokens:
+            handle = self.signer.verify(signed)
+            [memory] = self.get_memory_cache().get([handle]) if handle else [None]
             if memory is None:
                 return None
-            self._memory_tokens[handle] = memory.memory_tokens
-        return self._memory_tokens[handle]
+            self._memory_tokens[signed] = memory.memory_tokens
+        return self._memory_tokens[signed]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
@@ -14,9 +14,6 @@ from llama_index.postprocessor.pic_rag.nodes import restore_nodes, show_handle
 from llama_index.postprocessor.pic_rag.settings import CompressionSettings
 
 from pic_rag import find_handles
-
-if TYPE_CHECKING:
-    from pic_rag import Memory
 
 
 class PICCompressor(CompressionSettings, BaseNodePostprocessor):
@@ -61,11 +58,11 @@ class PICCompressor(CompressionSettings, BaseNodePostprocessor):
         if not self._shows_handles(reader):
             return restore_nodes(kept)
         memories = self.make_memories([node.node for node in kept])
+        signer = self.signer
+        handles = [None if memory is None else signer.sign(memory.handle) for memory in memories]
         if reader is not None:
-            self._check_known(reader, memories)
-        return [
-            self._show(*shown) for shown in zip(restore_nodes(kept), memories, range(1, len(kept) + 1), strict=True)
-        ]
+            self._check_known(reader, [handle for handle in handles if handle])
+        return [self._show(*shown) for shown in zip(restore_nodes(kept), handles, range(1, len(kept) + 1), strict=True)]
 
     def _shows_handles(self, reader: Any) -> bool:
         if isinstance(reader, Nobody):
@@ -79,9 +76,8 @@ class PICCompressor(CompressionSettings, BaseNodePostprocessor):
             )
         return False
 
-    def _check_known(self, reader: Any, memories: Sequence[Memory | None]) -> None:
+    def _check_known(self, reader: Any, handles: Sequence[str]) -> None:
         """An LLM with other settings would fail at its first handle, with less to say about the reason."""
-        handles = [memory.handle for memory in memories if memory is not None]
         llm: Any = unwrap(reader)
         if unknown := llm.unknown_handles(handles):
             raise ValueError(
@@ -90,11 +86,11 @@ class PICCompressor(CompressionSettings, BaseNodePostprocessor):
                 "cache_folder) and namespace; a store that could not be written has logged a warning."
             )
 
-    def _show(self, node: NodeWithScore, memory: Memory | None, number: int) -> NodeWithScore:
-        if memory is None:
+    def _show(self, node: NodeWithScore, handle: str | None, number: int) -> NodeWithScore:
+        if handle is None:
             return node
         label = None if self.label is None else self.label.replace("{number}", str(number))
-        return node.model_copy(update={"node": show_handle(node.node, memory.handle, label)})
+        return node.model_copy(update={"node": show_handle(node.node, handle, label)})
 
 
 def _refuse_handles(query_bundle: QueryBundle | None) -> None:

@@ -12,10 +12,10 @@ from llama_index.core.schema import BaseNode, MetadataMode
 from llama_index.postprocessor.pic_rag.events import PICCompressEndEvent, PICCompressStartEvent
 from llama_index.postprocessor.pic_rag.nodes import restore_node
 
-from pic_rag import shared_compressor, shared_store
+from pic_rag import HandleSigner, shared_checkpoint, shared_compressor, shared_generator, shared_store
 
 if TYPE_CHECKING:
-    from pic_rag import Compressor, Memory, MemoryCache
+    from pic_rag import Compressor, Generator, Memory, MemoryCache, MemoryStore
 
 dispatcher = get_dispatcher(__name__)
 
@@ -28,7 +28,18 @@ class CompressionSettings(BaseModel):
     model_name: str | None = Field(
         default=None, description="Folder or hub id of a trained compressor; None: the one shipped with pic-rag."
     )
-    ratio: int | None = Field(default=None, description="Text tokens per memory token; None: the compressor's default.")
+    ratio: int | None = Field(
+        default=None,
+        description="Text tokens per memory token; None: the compressor's default. With min_fidelity the highest one "
+        "to try; None: the highest that is served.",
+    )
+    min_fidelity: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="Each text gets the highest ratio whose memory keeps so much of it, as the generator finds, else "
+        "stays raw text (a memory of ratio 1). None: ratio for all, unchecked.",
+    )
     device: str | None = Field(default=None, description="Where to compress; None: cuda, mps or cpu.")
     dtype: str | None = Field(default=None, description="Compute dtype; None: the device's fast one.")
     batch_size: int | None = Field(default=None, ge=1, description="Encoder rows computed at once.")
@@ -51,6 +62,13 @@ class CompressionSettings(BaseModel):
     compressor: Any = Field(
         default=None, exclude=True, repr=False, description="A pic_rag.Compressor, in place of a name."
     )
+    generator: Any = Field(
+        default=None,
+        exclude=True,
+        repr=False,
+        description="A pic_rag.Generator that checks for min_fidelity; None: the one that PICLLM with the same "
+        "model_name, device and dtype loads.",
+    )
     store: Any = Field(
         default=None, exclude=True, repr=False, description="A pic_rag.MemoryStore or any LangChain ByteStore."
     )
@@ -72,12 +90,21 @@ class CompressionSettings(BaseModel):
             return self.compressor
         return shared_compressor(self.model_name, device=self.device, dtype=self.dtype, **self.model_kwargs)
 
+    def get_store(self) -> MemoryStore:
+        """The store in use."""
+        return self.store if self.store is not None else shared_store(self.cache_folder)
+
     def get_memory_cache(self) -> MemoryCache:
         """The memories kept for this compressor and namespace."""
         from pic_rag import MemoryCache
 
-        store = self.store if self.store is not None else shared_store(self.cache_folder)
-        return MemoryCache(store, self.get_compressor().fingerprint, namespace=self.namespace, at_rest=self.at_rest)
+        fingerprint = self.get_compressor().fingerprint
+        return MemoryCache(self.get_store(), fingerprint, namespace=self.namespace, at_rest=self.at_rest)
+
+    @property
+    def signer(self) -> HandleSigner:
+        """Signs the handles that this namespace hands out."""
+        return HandleSigner(self.get_store(), self.namespace)
 
     def make_memories(self, nodes: Sequence[BaseNode]) -> list[Memory | None]:
         """One memory a node, in order, out of the store or made now; None for a node without text.
@@ -98,11 +125,19 @@ class CompressionSettings(BaseModel):
             self.ratio,
             sources=[nodes[number].node_id for number in found],
             batch_size=self.batch_size,
+            min_fidelity=self.min_fidelity,
+            generator=self._checking_generator(),
         )
         for number, memory in zip(found, made, strict=True):
             memories[number] = memory
         dispatcher.event(_end_event(made, sum(cached), 1000 * (time.perf_counter() - begin)))
         return memories
+
+    def _checking_generator(self) -> Generator | None:
+        if self.min_fidelity is None or self.generator is not None:
+            return self.generator
+        checkpoint = shared_checkpoint(self.model_name) if self.compressor is None else self.compressor.checkpoint
+        return shared_generator(checkpoint, device=self.device, dtype=self.dtype)
 
 
 def _end_event(memories: Sequence[Memory], cached: int, latency_ms: float) -> PICCompressEndEvent:

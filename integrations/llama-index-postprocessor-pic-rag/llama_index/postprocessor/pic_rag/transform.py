@@ -6,9 +6,8 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
-from llama_index.core.bridge.pydantic import Field
 from llama_index.core.schema import BaseNode, TransformComponent
-from llama_index.postprocessor.pic_rag.nodes import note_handle, restore_node, show_handle
+from llama_index.postprocessor.pic_rag.nodes import note_handle, restore_node
 from llama_index.postprocessor.pic_rag.settings import CompressionSettings
 
 _IDENTITY = ("fingerprint", "compute_dtype")
@@ -21,12 +20,6 @@ class PICTransform(CompressionSettings, TransformComponent):
     serves any LLM. What an ingestion cache replays, or a lost store lacks, `PICCompressor` compresses again.
     """
 
-    show_handles: bool = Field(
-        default=False,
-        description="Show the LLM the handles straight from the index, for an index that only PICLLM reads. Embeddings "
-        "are then made of the text without metadata, and a memory that the store loses is an error.",
-    )
-
     @classmethod
     def class_name(cls) -> str:
         """The component's name in serialised form."""
@@ -34,9 +27,8 @@ class PICTransform(CompressionSettings, TransformComponent):
 
     def __call__(self, nodes: Sequence[BaseNode], **kwargs: Any) -> Sequence[BaseNode]:
         """Copies of the nodes that carry their handles, in order; a node without text stays as it is."""
-        carry = show_handle if self.show_handles else note_handle
         return [
-            restore_node(node) if memory is None else carry(node, memory.handle)
+            restore_node(node) if memory is None else note_handle(node, memory.handle)
             for node, memory in zip(nodes, self.make_memories(nodes), strict=True)
         ]
 

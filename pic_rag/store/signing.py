@@ -1,0 +1,194 @@
+"""Signed handles: how the handles that a retriever put into a prompt are told from those that somebody typed.
+
+A prompt is text, and whoever has a text and a compressor can compute its handle. So what is handed out to be printed
+into a prompt is signed, ``[[pic:<64 lowercase hex>]]``: the handle (32), the day (4) and a code over both (28), made
+with a key that the namespace keeps in its store. A handle without a signature, of another namespace or too old is never
+read, wherever it comes from: a computed one, one out of a log or a database, one planted in a document weeks ago.
+
+The same text has the same signed handle all day, so caches of prompts hit. What a signature cannot tell is who copied
+it: whoever is shown a signed handle can use it too, in its namespace, until it is too old.
+
+Standard library only.
+"""
+
+from __future__ import annotations
+
+import functools
+import hmac
+import logging
+import re
+import secrets
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from pic_rag.handles import HANDLE_PATTERN, UnknownHandleError, escape_handles, find_handles
+from pic_rag.store.protocol import MemoryStore
+
+Messages = Sequence[Mapping[str, Any]]
+
+logger = logging.getLogger(__name__)
+
+_KEY_BYTES = 32
+_DAY_DIGITS = 4  # of hex: until the year 2149
+_CODE_DIGITS = 28
+_DAY_SECONDS = 86400
+
+_REMEDY = (
+    "Only what a compressor of this store and namespace handed out today or yesterday is read. Retrieve again, with "
+    "the same store and namespace for compressor and LLM, or pass what users type through escape_handles."
+)
+
+_PEOPLE_REMEDY = (
+    "The documents of this prompt stand in its system or tool messages, and this handle where people write. Put all "
+    "documents there, or pass what users type through escape_handles."
+)
+_DOCUMENT_ROLES = ("system", "developer", "tool", "function")
+
+_making_key = threading.Lock()
+
+
+class HandleSigner:
+    """Signs the handles of one namespace of a store, and checks signatures.
+
+    The key is read when it is first needed; make a signer for each call rather than one for good.
+
+    Args:
+        store: where the namespace's key is kept, under `<namespace>/key`. Deleting it voids all handles signed so far.
+        namespace: as for `MemoryCache`.
+    """
+
+    def __init__(self, store: MemoryStore, namespace: str = "default") -> None:
+        """Touch nothing yet."""
+        self.store = store
+        self.namespace = namespace
+
+    def sign(self, handle: str) -> str:
+        """The handle, signed today.
+
+        Raises:
+            ValueError: it is not a handle, or is signed already.
+        """
+        match = HANDLE_PATTERN.fullmatch(handle)
+        if match is None or match.group(2):
+            raise ValueError(f"handle must be [[pic:<32 lowercase hex>]], got {handle!r}.")
+        return self._signed(match.group(1), _today())
+
+    def verify(self, signed: str, *, any_age: bool = False) -> str | None:
+        """The handle without its signature, or None when it is not one that this namespace signed lately.
+
+        Args:
+            signed: a signed handle, or any text.
+            any_age: accept one that was signed before yesterday too: for what no user or document can have written.
+        """
+        match = HANDLE_PATTERN.fullmatch(signed)
+        if match is None or not match.group(2):
+            return None
+        digits, day = match.group(1), int(match.group(2)[:_DAY_DIGITS], 16)
+        if not hmac.compare_digest(signed, self._signed(digits, day)):
+            return None
+        # A day ahead as well: clocks of two machines differ around midnight.
+        return f"[[pic:{digits}]]" if any_age or abs(_today() - day) <= 1 else None
+
+    def unsign(self, prompt: str | Messages, only: Collection[str] | None = None) -> tuple[str | Messages, list[str]]:
+        """The prompt with plain handles in place of signed ones, and these handles, in order, with repeats.
+
+        Where system or tool messages hold handles, the application puts its documents there, and other messages are
+        what people say: further handles in those are refused, however good their signature.
+
+        Args:
+            prompt: text, or messages with a role and a content that is text or a list of parts.
+            only: the signed handles to read, for who knows them; all others become text then, and none is refused.
+
+        Raises:
+            UnknownHandleError: a handle was not signed by this namespace, is too old, or stands where people write.
+        """
+        if isinstance(prompt, str):
+            text = self._unsign(prompt, only)
+            return text, find_handles(text)
+        read = [
+            {**message, "content": map_texts(message.get("content"), lambda text: self._unsign(text, only))}
+            for message in prompt
+        ]
+        found = [(message.get("role") in _DOCUMENT_ROLES, handle) for message in read for handle in _find(message)]
+        documents = {handle for among_documents, handle in found if among_documents}
+        if only is None and documents:
+            for _, handle in found:
+                if handle not in documents:
+                    raise UnknownHandleError(handle, len(documents), _PEOPLE_REMEDY)
+        return read, [handle for _, handle in found]
+
+    def _unsign(self, text: str, only: Collection[str] | None) -> str:
+        found = set(find_handles(text))
+        if only is not None:
+            for foreign in found.difference(only):
+                text = text.replace(foreign, escape_handles(foreign))
+            found.intersection_update(only)
+        known = {signed: handle for signed in found if (handle := self.verify(signed))}
+
+        def handle_of(match: re.Match[str]) -> str:
+            if match.group() not in known:
+                raise UnknownHandleError(match.group(), len(known), _REMEDY)
+            return known[match.group()]
+
+        return HANDLE_PATTERN.sub(handle_of, text)
+
+    def _signed(self, digits: str, day: int) -> str:
+        dated = f"{digits}{day:0{_DAY_DIGITS}x}"
+        code = hmac.digest(self._key, f"{self.namespace}/{dated}".encode(), "sha256").hex()[:_CODE_DIGITS]
+        return f"[[pic:{dated}{code}]]"
+
+    @functools.cached_property
+    def _key(self) -> bytes:
+        """The namespace's key, made by the first who needs it.
+
+        Two processes that make it at the same moment agree on the second one's; what the first signed in between is
+        refused once.
+        """
+        name = f"{self.namespace}/key"
+        with _making_key:
+            [key] = self.store.mget([name])
+            if key is None:
+                try:
+                    self.store.mset([(name, secrets.token_bytes(_KEY_BYTES))])
+                except Exception as error:  # a store of another library raises what it likes
+                    logger.warning("The store keeps no key, so its handles are read in this process only: %s", error)
+                [key] = self.store.mget([name])
+        if key is not None and len(key) != _KEY_BYTES:
+            raise ValueError(f"{name} must be {_KEY_BYTES} bytes in the store, got {len(key)}. Delete it.")
+        return _process_key() if key is None else key
+
+
+def map_texts(content: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401 - as chat templates take it
+    """The content of a message with every text in it changed; parts that are no text, and no content, stay."""
+    if isinstance(content, str):
+        return change(content)
+    if not isinstance(content, Sequence):
+        return content
+    return [
+        {**part, "text": map_texts(part["text"], change)}
+        if isinstance(part, Mapping) and "text" in part
+        else map_texts(part, change)
+        for part in content
+    ]
+
+
+def _find(message: Mapping[str, Any]) -> list[str]:
+    handles: list[str] = []
+
+    def collect(text: str) -> str:
+        handles.extend(find_handles(text))
+        return text
+
+    map_texts(message.get("content"), collect)
+    return handles
+
+
+@functools.cache
+def _process_key() -> bytes:
+    return secrets.token_bytes(_KEY_BYTES)
+
+
+def _today() -> int:
+    return int(time.time() // _DAY_SECONDS)
