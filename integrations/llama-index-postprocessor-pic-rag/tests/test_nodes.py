@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import pickle
 import subprocess
 import sys
@@ -98,6 +99,20 @@ def test_nodes_with_handles_survive_json_and_pickle(compressor, nodes, give):
     for node in compressor.postprocess_nodes(nodes):
         assert give(node.node) == node.node
         assert restore_nodes([give(node.node)]) == restore_nodes([node.node])
+
+
+def test_nodes_with_handles_are_read_in_another_process(nodes, checkpoints, tmp_path):
+    settings = {"model_name": checkpoints[0], "dtype": "float32", "cache_folder": str(tmp_path)}
+    [node] = PICCompressor(**settings, metadata_mode="none").postprocess_nodes(nodes[:1])
+    code = (
+        "import json, sys; from llama_index.core.schema import MetadataMode, TextNode; "
+        "from llama_index.llms.pic_rag import PICLLM; node = TextNode.from_json(sys.argv[1]); "
+        "answer = PICLLM(**json.loads(sys.argv[2]), max_new_tokens=2).complete(node.get_content(MetadataMode.LLM)); "
+        "print(answer.raw['usage']['memory_tokens'], node.get_content())"
+    )
+    command = [sys.executable, "-c", code, node.node.to_json(), json.dumps(settings)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    assert printed == f"{-(-len(nodes[0].text) // 4)} {nodes[0].text}"
 
 
 def test_nodes_with_handles_survive_a_docstore(compressor, nodes, tmp_path):
