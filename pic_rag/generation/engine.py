@@ -25,7 +25,7 @@ from transformers import (
 
 from pic_rag.assembler import Assembled
 from pic_rag.generation.completion import Completion
-from pic_rag.generation.prefix import PREFIX_CACHE_BYTES, PrefixCache, join, supports_reuse
+from pic_rag.generation.prefix import PREFIX_CACHE_BYTES, Prefix, PrefixCache, join, supports_reuse
 from pic_rag.generation.reader import Reader
 from pic_rag.generation.sampling import Sampling
 from pic_rag.generation.turns import Turns
@@ -163,10 +163,21 @@ class Engine:
         prefixes = [self._prefixes.find(prompt) for prompt in prompts]
         for prefix, completion in zip(prefixes, completions, strict=True):
             completion.cached_tokens = prefix.cached_tokens
+        if len(prompts) == 1:  # a batch rounds otherwise in any case, and is faster in one go
+            prefixes = [self._read_blocks(prompts[0], prefixes[0])]
         past = join(prefixes, self.model)
         inputs = self._pad_embeddings(prompts, [prefix.cached_tokens for prefix in prefixes])
         yield {**inputs, "past_key_values": past}
         self._prefixes.keep(prefixes, past)
+
+    def _read_blocks(self, prompt: Assembled, prefix: Prefix) -> Prefix:
+        """Read a prompt's blocks one by one, just as if those before were kept."""
+        while block := prefix.next_block:
+            past = join([block], self.model)
+            rows = prompt.embeddings[None, block.cached_tokens : block.prompt_tokens]
+            self.model(inputs_embeds=rows, past_key_values=past, use_cache=True, logits_to_keep=1)
+            prefix = prefix.with_next(past)
+        return prefix
 
     def _pad_ids(self, prompts: Sequence[Assembled]) -> dict[str, torch.Tensor]:
         """`(prompts, rows)` token ids and mask: the way in that the model knows best, for prompts of text alone."""

@@ -1,9 +1,10 @@
 """Keys and values of memories that the generator has read: the same documents again cost no second reading.
 
-A prompt with memories is cut into *blocks*. Each ends with a memory and begins where the block before it ended, so a
-block is a memory and the text that stands before it; what follows the last memory, the question, is in no block. A
-block's keys and values depend on all rows before its own, and so does its name: prompts that begin with the same two
-documents share two blocks, whatever the third is.
+A prompt with memories is cut into *blocks*. A block is a run of memories with little text between them, the documents
+of one retrieval say, and the text that stands before it; what follows the last memory, the question, is in no block.
+A block's keys and values depend on all rows before its own, and so does its name: a conversation that goes on with
+other documents still shares the blocks of its first ones. A block is read by itself, the first time as well, so whether
+it was kept changes no bit of an answer.
 
 This file knows rows, and a cache of transformers. It does not know tokenizers, sampling or threads.
 """
@@ -25,6 +26,9 @@ from pic_rag.memory import Memory
 
 PREFIX_CACHE_BYTES = 256 * 2**20
 """Keys and values that are kept by default."""
+
+GAP_ROWS = 16
+"""So many rows of text between two memories part them into two blocks."""
 
 Layers = list[tuple[torch.Tensor, torch.Tensor]]
 """Of every layer, keys and values: `(kv_heads, rows, head width)` each."""
@@ -64,6 +68,19 @@ class Prefix:
         """Rows whose keys and values are there."""
         return self.blocks[len(self.kept) - 1].end if self.kept else 0
 
+    @property
+    def next_block(self) -> Prefix | None:
+        """The same up to the end of the first block to read; None when all are there, or no row follows it."""
+        number = len(self.kept)
+        if number == len(self.blocks) or self.blocks[number].end == self.prompt_tokens:
+            return None
+        return Prefix(self.blocks[number].end, self.blocks[: number + 1], self.kept)
+
+    def with_next(self, past: DynamicCache) -> Prefix:
+        """With the first block to read among those there: `join([self.next_block])` after the model has read it."""
+        block = self.blocks[len(self.kept)]
+        return Prefix(self.prompt_tokens, self.blocks, [*self.kept, _cut(past, 0, block.start, block.end)])
+
 
 class PrefixCache:
     """Keys and values of the blocks that were read last, for one generator and one reader.
@@ -101,7 +118,10 @@ class PrefixCache:
             shift = read - prefix.prompt_tokens  # from a row that was read now to its column
             for block in reversed(prefix.blocks):  # the first block goes last: nothing can be reused without it
                 if block.name not in self._kept:
-                    self._add(block.name, _cut(past, at, block.start + shift, block.end + shift))
+                    layers = _cut(past, at, block.start + shift, block.end + shift)
+                    if _size_bytes(layers) > self.max_bytes:
+                        continue
+                    self._add(block.name, layers)
                 self._kept.move_to_end(block.name)
         while self.size_bytes > self.max_bytes:
             self.size_bytes -= _size_bytes(self._kept.popitem(last=False)[1])
@@ -129,16 +149,18 @@ def cut_blocks(prompt: Assembled) -> Iterator[Block]:
     """The blocks of a prompt. Their names tell embeddings apart as the generator sees them, in its own dtype."""
     dtype = next(prompt.token_embeddings.parameters()).dtype
     is_memory = (prompt.token_ids == MEMORY_ROW).tolist()
-    name, end = b"", 0
+    name, start, end = b"", 0, 0
     for memory in filter(_has_rows, prompt.memories):
-        start = is_memory.index(True, end)
-        text = prompt.token_ids[end:start].numpy().tobytes()
+        first = is_memory.index(True, end)
+        if end and first - end >= GAP_ROWS:
+            yield Block(name, start, end)
+            start = end
+        text = prompt.token_ids[end:first].numpy().tobytes()
         hashed = hashlib.sha256(name + len(text).to_bytes(8, "little") + text)
         hashed.update(memory.embeddings.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes())
-        name = hashed.digest()
-        block = Block(name, end, start + memory.memory_tokens)
-        end = block.end
-        yield block
+        name, end = hashed.digest(), first + memory.memory_tokens
+    if end:
+        yield Block(name, start, end)
 
 
 def prompt_columns(prefixes: Sequence[Prefix]) -> int:

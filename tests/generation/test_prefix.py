@@ -140,11 +140,13 @@ def test_what_a_batch_has_read_is_kept_of_each_prompt(generator: Generator, memo
 
 def test_a_prompt_begins_at_its_first_new_row(generator: Generator, memories: list[Memory]) -> None:
     a, b, c = memories
-    rows = [5 + a.memory_tokens, 5 + a.memory_tokens + 1 + b.memory_tokens]  # "Read:" and " " are a token a byte
+    gap = " And then there is this: "  # a token a byte
+    rows = [5 + a.memory_tokens, 5 + a.memory_tokens + len(gap) + b.memory_tokens]
     asked = {
-        f"Read:{a.handle} {b.handle} Who?": 0,
-        f"Read:{a.handle} {b.handle} Who was it?": rows[1],
-        f"Read:{a.handle} {c.handle} Who?": rows[0],
+        f"Read:{a.handle}{gap}{b.handle} Who?": 0,
+        f"Read:{a.handle}{gap}{b.handle} Who was it?": rows[1],
+        f"Read:{a.handle}{gap}{c.handle} Who?": rows[0],
+        f"Read:{a.handle} {b.handle} Who?": 0,  # a block of two, which is read as one
         f"Read:{b.handle} {a.handle} Who?": 0,
         f"Look:{a.handle} {b.handle} Who?": 0,
         f"Read:{a.handle}": 0,  # the last row is read in any case
@@ -164,7 +166,29 @@ def test_the_model_reads_only_the_new_rows(generator: Generator, memories: list[
             generator.generate(prompt, memories, max_new_tokens=1)
     finally:
         hook.remove()
-    assert read == [generator.count_tokens(prompt, memories), len(" Who?")]
+    question = len(" Who?")
+    assert read == [generator.count_tokens(prompt, memories) - question, question, question]
+
+
+def test_whether_memories_were_kept_changes_no_bit_of_an_answer(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    half = Generator(copy.deepcopy(tiny_model).bfloat16(), tiny_tokenizer, name="tiny")
+    memories = [make_memory(half, text) for text in ("Paris is the capital of France.", "Rome is in Italy.", "Nile")]
+    prompts = make_prompts(*memories)
+    seen: list[torch.Tensor] = []
+    hook = half.model.get_submodule("lm_head").register_forward_hook(lambda *call: seen.append(call[2][:, -1].clone()))
+
+    def logits(prompt: Any) -> torch.Tensor:  # noqa: ANN401
+        seen.clear()
+        half.generate(prompt, memories, max_new_tokens=6, temperature=1.0, seed=3)
+        return torch.cat(seen[-6:])
+
+    try:
+        first = [logits(prompt) for prompt in prompts]
+        assert all(torch.equal(logits(prompt), before) for prompt, before in zip(prompts, first, strict=True))
+    finally:
+        hook.remove()
 
 
 def test_a_stream_reuses_as_well(generator: Generator, memories: list[Memory]) -> None:
@@ -249,8 +273,8 @@ def test_the_cache_is_bounded_and_forgets_what_was_used_longest_ago(generator: G
     assert cache.size_bytes == 3 * block_bytes
     everything = "".join(memory.handle for memory in memories) + " Who?"
     small.generate(everything, memories, max_new_tokens=1)
-    kept = cache.find(assemble(small, everything, memories))
-    assert kept.cached_tokens == 3 * memories[0].memory_tokens  # its first three blocks: useful to it and to others
+    assert cache.find(assemble(small, everything, memories)).cached_tokens == 0  # one block, larger than the cache
+    assert is_kept(3)
 
 
 def test_a_cache_smaller_than_one_block_keeps_nothing(generator: Generator, memories: list[Memory]) -> None:

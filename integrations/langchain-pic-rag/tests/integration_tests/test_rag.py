@@ -163,9 +163,7 @@ def test_streams_and_async_calls_give_what_invoke_gives(make, passages, embedded
 @pytest.mark.slow
 def test_32_questions_asked_at_once_are_answered_as_one_by_one(passages, embedded_chat, embedded_compressor):
     retriever = PICRetriever(base_retriever=passages, base_compressor=embedded_compressor)
-    # What was read before rounds otherwise in bfloat16: keep nothing, and equal prompts have equal answers.
-    llm = ChatPIC(**{**embedded_chat.model_dump(), "model_kwargs": {"prefix_cache_bytes": 0}, "max_tokens": 8})
-    chain = make_chain(retriever, llm)
+    chain = make_chain(retriever, embedded_chat.model_copy(update={"max_tokens": 8}))
     subjects = ("lighthouse", "harbour wall", "seals", "tax", "lamp", "barges", "wardens", "steps")
     questions = [
         f"{ask} the {subject}?" for ask in ("What about", "Who knows", "When", "Where") for subject in subjects
