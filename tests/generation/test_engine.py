@@ -255,7 +255,7 @@ def test_32_threads_of_all_kinds_get_what_one_thread_gets(generator: Generator, 
     kinds: list[tuple[str, dict[str, Any]]] = [
         (f"{prompt}{number}", sampling)
         for number in range(4)
-        for prompt in ("Who?", f"Read: {memory.handle} Where is ", f"a{memory.handle}{memory.handle}", "Tell me. ")
+        for prompt in ("Who?", f"Read: {memory.handle} Where is ", f"a{memory.handle}{memory.handle} Hm ", "Tell me. ")
         for sampling in ({}, SAMPLED)
     ]
     expected = [generator.generate(prompt, [memory], max_new_tokens=10, **settings)[0] for prompt, settings in kinds]
