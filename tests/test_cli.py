@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import get_args
 
@@ -136,9 +135,12 @@ def test_ctrl_c_is_exit_code_130(tmp_path) -> None:
 
     os.mkfifo(tmp_path / "questions.jsonl")
     command = [sys.executable, "-m", "pic_rag", "eval", "--data", str(tmp_path / "questions.jsonl"), "--json", "o.json"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+
+    def listen() -> None:  # a shell's background jobs ignore Ctrl-C, and so would this suite's children there
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=listen) as process:
         with (tmp_path / "questions.jsonl").open("w"):  # opens once the command reads, and leaves it waiting
-            time.sleep(0.5)  # until it waits: what interrupts an import's callback, Python may swallow
             process.send_signal(signal.SIGINT)
             _, complaint = process.communicate(timeout=60)
     assert process.returncode == 130
