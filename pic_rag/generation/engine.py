@@ -89,6 +89,8 @@ class Engine:
         self.merge_calls = merge_calls
         self.end_token_ids = end_token_ids(model, tokenizer)
         self._reader = reader
+        if model.get_output_embeddings() is not None:
+            model.get_output_embeddings().register_forward_pre_hook(_compact)
         self._prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes and supports_reuse(model) else None
         self._lock = threading.Lock()
         self._turns = Turns(self._run, self._joins)
@@ -175,7 +177,7 @@ class Engine:
         while block := prefix.next_block:
             past = join([block], self.model)
             rows = prompt.embeddings[None, block.cached_tokens : block.prompt_tokens]
-            self.model(inputs_embeds=rows, past_key_values=past, use_cache=True, logits_to_keep=1)
+            self.model.get_decoder()(inputs_embeds=rows, past_key_values=past, use_cache=True)
             prefix = prefix.with_next(past)
         return prefix
 
@@ -251,6 +253,16 @@ class _Feed(StoppingCriteria):
                     self._on_end()
         finished = [completion.finished for completion in self._completions]
         return torch.tensor(finished, device=input_ids.device)  # type: ignore[return-value]
+
+
+def _compact(head: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Before the output head: the last rows of a batch as a tensor of their own.
+
+    Of a slice that strides over the rows before, torch makes a batched product, and copies the head's weights, the
+    largest of a small model, once a prompt.
+    """
+    hidden, *others = arguments
+    return (hidden.clone(memory_format=torch.contiguous_format), *others)
 
 
 def _log_probs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

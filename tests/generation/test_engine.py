@@ -303,3 +303,14 @@ def test_calls_take_turns_unless_they_may_be_merged(generator: Generator) -> Non
     finally:
         hook.remove()
     assert gate.batches == [1] * 8
+
+
+def test_the_output_head_is_never_given_a_slice_of_the_prompt_for_which_torch_copies_its_weights(
+    generator: Generator, memory: Memory
+) -> None:
+    strides = []
+    head = generator.model.get_output_embeddings()
+    hook = head.register_forward_hook(lambda head, given, logits: strides.append((given[0].shape, given[0].stride())))
+    generator.generate([f"Who? {memory.handle} Where?", memory.handle], [memory], max_new_tokens=1)
+    hook.remove()
+    assert strides == [((2, 1, 64), (64, 64, 1))]

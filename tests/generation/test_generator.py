@@ -15,13 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from pic_rag.generation.answering import Generation
 from pic_rag.generation.completion import Completion, Detokenizer
 from pic_rag.generation.generator import Generator
+from pic_rag.generation.reader import Reader
 from pic_rag.handles import UnknownHandleError
 from pic_rag.memory import Memory, hash_text
 
@@ -313,9 +314,13 @@ def reader(tiny_model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-@pytest.fixture(scope="module")
-def reading(reader: Path, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast) -> Generator:
-    return Generator(copy.deepcopy(tiny_model), tiny_tokenizer, name="tiny", reader=reader)
+@pytest.fixture(scope="module", params=[2**30, 0], ids=["merged", "added at every token"])
+def reading(
+    reader: Path, tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, request: pytest.FixtureRequest
+) -> Generator:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pic_rag.generation.reader.MERGED_BYTES", request.param)
+        return Generator(copy.deepcopy(tiny_model), tiny_tokenizer, name="tiny", reader=reader)
 
 
 @pytest.fixture(scope="module")
@@ -341,6 +346,30 @@ def test_a_reader_leaves_the_plain_models_logits_untouched(
     reading.generate(read_memory.handle, [read_memory], max_new_tokens=2)
     with torch.no_grad():
         assert torch.equal(reading.model(**inputs).logits, generator.model(**inputs).logits)
+
+
+def test_a_merged_reader_says_what_one_added_at_every_token_says(
+    reading: Generator, reader: Path, tiny_model: PreTrainedModel, generator: Generator
+) -> None:
+    inputs = generator.tokenizer("Who was it?", return_tensors="pt")
+    added = PeftModel.from_pretrained(copy.deepcopy(tiny_model), reader)
+    with torch.no_grad(), reading._engine._reader.on():
+        assert torch.allclose(reading.model(**inputs).logits, added(**inputs).logits, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # peft warns of just this
+def test_where_the_head_is_the_embeddings_a_reader_on_it_changes_no_embedding(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = copy.deepcopy(tiny_model.config)
+    config.tie_word_embeddings = True
+    model = type(tiny_model)(config)
+    lora = LoraConfig(target_modules=["lm_head"], init_lora_weights=False)
+    get_peft_model(copy.deepcopy(model), lora).save_pretrained(str(tmp_path))
+    reader = Reader(model, tmp_path)
+    before = model.get_input_embeddings().weight.clone()
+    with reader.on():
+        assert torch.equal(model.get_input_embeddings().weight, before)
 
 
 def test_a_reader_is_part_of_the_model_id_so_memories_for_it_are_not_read_without_it(
