@@ -110,7 +110,9 @@ def arrange(lengths: Sequence[int], row_places: int, rows: int = 0) -> tuple[lis
     return spots, (rows, row_places)
 
 
-def build_layout(segments: Sequence[Segment], *, positions: str, row_places: int = 0, rows: int = 0) -> Layout:
+def build_layout(
+    segments: Sequence[Segment], *, positions: str, row_places: int = 0, rows: int = 0, row_step: int = 1
+) -> Layout:
     """Lay segments out in rows: each one's text, then its slots.
 
     Args:
@@ -118,8 +120,10 @@ def build_layout(segments: Sequence[Segment], *, positions: str, row_places: int
         positions: "spread" puts a slot at the position of its span's last token, "append" after the text.
         row_places: room in a row; short segments share a row. Rows are as long as the longest segment at least.
         rows: so many rows, each exactly `row_places` long, full or not; 0: as many and as long as it takes.
+        row_step: rows that are as long as it takes are a multiple of this long.
     """
     spots, (rows, width) = arrange([segment.places for segment in segments], row_places, rows)
+    width += -width % row_step
     token_ids, position_ids, chunk = np.zeros((3, rows, width), dtype=np.int64)
     owner = np.broadcast_to(-1 - np.arange(width), (rows, width)).copy()
     is_slot = np.zeros((rows, width), dtype=bool)

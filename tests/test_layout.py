@@ -94,6 +94,17 @@ def test_rows_of_a_fixed_shape_hold_the_same_segments_and_padding_attends_to_its
     assert all(len(row[row < 0].unique()) == int((row < 0).sum()) for row in fixed.segment)
 
 
+def test_rows_are_rounded_up_with_padding_behind_the_segments():
+    segments = [_segment(21), _segment(11)]
+    tight = build_layout(segments, positions="spread")
+    rounded = build_layout(segments, positions="spread", row_step=16)
+    width = tight.token_ids.shape[1]
+    assert width % 16 != 0
+    assert rounded.token_ids.shape == (2, width + -width % 16)
+    assert torch.equal(rounded.segment[:, :width].clamp(min=-1), tight.segment.clamp(min=-1))
+    assert (rounded.segment[:, width:] < 0).all()
+
+
 def test_rows_that_are_too_few_are_an_error():
     with pytest.raises(RowsFullError, match="1 rows of 32 places must hold all sequences, got 2 rows of them"):
         build_layout([_segment(21), _segment(21)], positions="spread", row_places=32, rows=1)

@@ -59,6 +59,14 @@ def test_short_segments_get_short_rows():
     assert (row_places, len({row for row, _ in spots.values()})) == (600, 2)
 
 
+def test_long_rows_have_a_length_that_attention_is_fast_at(tiny_model, tiny_tokenizer):
+    compressor = Compressor.from_base(tiny_model, tiny_tokenizer, PicConfig(segment_tokens=512))
+    layouts = _watch(compressor)
+    compressor.compress(["a" * 500, "b" * 490], ratio=16)
+    longest = max(int((row >= 0).sum()) for row in layouts[0].segment)
+    assert (longest % 16, layouts[0].token_ids.shape[1]) == (longest - 528, 544)
+
+
 def test_a_batch_never_takes_more_places_than_it_is_allowed(tiny_model, tiny_tokenizer):
     compressor = _compressor(tiny_model, tiny_tokenizer)
     layouts = _watch(compressor)
