@@ -2,7 +2,7 @@
 
 LlamaIndex does not tell a postprocessor who reads its nodes. What can be known is looked up in this order: the LLM
 given to the postprocessor, the LLM of the query or chat engine that is calling (found on the call stack), and the LLM
-set in `Settings`. Nodes that are postprocessed by hand and passed on later may end up anywhere: nobody can know.
+set in `Settings`. Nodes that are postprocessed by hand and passed on later may end up anywhere: `guard` watches them.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from llama_index.core.bridge.pydantic import Field
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
 from llama_index.postprocessor.pic_rag.answering import Nobody, find_reader, reads_memories, unwrap, user_messages
+from llama_index.postprocessor.pic_rag.guard import watch
 from llama_index.postprocessor.pic_rag.nodes import restore_nodes, show_handle
 from llama_index.postprocessor.pic_rag.settings import CompressionSettings
 
@@ -62,6 +63,7 @@ class PICCompressor(CompressionSettings, BaseNodePostprocessor):
         handles = [None if memory is None else signer.sign(memory.handle) for memory in memories]
         if reader is not None:
             self._check_known(reader, [handle for handle in handles if handle])
+        watch(handle for handle in handles if handle)
         return [self._show(*shown) for shown in zip(restore_nodes(kept), handles, range(1, len(kept) + 1), strict=True)]
 
     def _shows_handles(self, reader: Any) -> bool:
