@@ -208,6 +208,8 @@ def _flatten(message: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"messages must be mappings with a role and a content, got {message!r}. Add the role.")
     content = message.get("content")
+    if not isinstance(content, (str, list, tuple)) and content is not None:
+        raise ValueError(f"content must be text or a list of parts, got {content!r}. Put a single part into a list.")
     parts = [content] if isinstance(content, str) else content or []  # no content: an assistant's bare tool call
     return {**message, "content": "\n".join(_part_text(part) for part in parts)}  # a newline, as vLLM joins parts
 
@@ -215,6 +217,8 @@ def _flatten(message: Mapping[str, Any]) -> dict[str, Any]:
 def _part_text(part: str | Mapping[str, Any]) -> str:
     if isinstance(part, str):
         return part
+    if not isinstance(part, Mapping):
+        raise ValueError(f"content parts must be text or mappings, got {part!r}. Remove that part.")
     if part.get("type") != "text" or not isinstance(part.get("text"), str):
         raise ValueError(f"content parts must be text, got a part of type {part.get('type')!r}. Remove that part.")
     return part["text"]

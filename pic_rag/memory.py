@@ -177,7 +177,7 @@ class Memory:
                 dtype=metadata["dtype"],
                 fidelity=float(metadata["fidelity"]) if "fidelity" in metadata else None,
             )
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, IndexError) as error:
             raise _format_error(source, f"be consistent with its own metadata, got: {error}") from error
 
 
@@ -204,7 +204,7 @@ def _read(data: bytes, source: str | None) -> tuple[dict[str, torch.Tensor], dic
 def _read_metadata(data: bytes) -> dict[str, str]:
     """The metadata strings, which `safetensors.torch.load` drops: an 8-byte header size, then the JSON header."""
     header_bytes = int.from_bytes(data[:8], "little")
-    return json.loads(data[8 : 8 + header_bytes]).get("__metadata__", {})
+    return json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}
 
 
 def _format_error(source: str | None, rule: str) -> MemoryFormatError:
@@ -244,6 +244,8 @@ def _unpack(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> torch
     """`(memory_tokens, hidden)` embeddings in their compute dtype, from tensors at rest."""
     memory_tokens, hidden = json.loads(metadata["shape"])
     values = tensors["embeddings"]
+    if values.is_complex():
+        raise ValueError(f"embeddings must be real numbers, got {values.dtype}.")
     if metadata["at_rest"] == "int4":
         values = _unpack_nibbles(values, hidden)
     if "scales" in tensors:

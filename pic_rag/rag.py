@@ -143,9 +143,7 @@ class PicRag:
             device: None picks cuda, mps or cpu.
             dtype: None picks the device's fast one.
         """
-        loaded = Compressor.from_pretrained(compressor, base_model=generator, device=device, dtype=dtype)
-        reading = Generator.from_checkpoint(loaded.checkpoint, generator, device=device, dtype=dtype)
-        return cls(Retriever(embedder), loaded, reading, store=store, namespace=namespace)
+        return cls._around(Retriever(embedder), compressor, generator, store, namespace, device=device, dtype=dtype)
 
     @classmethod
     def load(cls, folder: str | Path, **loading: Any) -> PicRag:  # noqa: ANN401 - from_pretrained's arguments
@@ -164,9 +162,23 @@ class PicRag:
             raise FileNotFoundError(f"folder must be an index that PicRag.save wrote, got {str(folder)!r}.")
         settings = json.loads(path.read_text(encoding="utf-8"))
         loading.setdefault("compressor", settings["compressor"])
-        rag = cls.from_pretrained(store=SQLiteStore(Path(folder) / STORE_FILE), **loading)
-        rag.retriever = Retriever.load(folder, loading.get("embedder"))
-        return rag
+        retriever = Retriever.load(folder, loading.pop("embedder", None))
+        return cls._around(retriever, store=SQLiteStore(Path(folder) / STORE_FILE), **loading)
+
+    @classmethod
+    def _around(
+        cls,
+        retriever: Retriever,
+        compressor: str | Path | None = None,
+        generator: str | Path | None = None,
+        store: MemoryStore | None = None,
+        namespace: str = "default",
+        **loading: Any,  # noqa: ANN401 - device and dtype
+    ) -> PicRag:
+        """The models of a compressor loaded around a retriever."""
+        loaded = Compressor.from_pretrained(compressor, generator=generator, **loading)
+        reading = Generator.from_checkpoint(loaded.checkpoint, generator, **loading)
+        return cls(retriever, loaded, reading, store=store, namespace=namespace)
 
     def save(self, folder: str | Path) -> None:
         """Write passages, search index and the compressor's name; memories made from now on are kept there too."""
@@ -176,7 +188,7 @@ class PicRag:
         name = self.compressor.name
         if name is not None and Path(name).is_dir():
             name = str(Path(name).resolve())  # the index may be opened from another folder
-        settings = {"compressor": name, "fingerprint": self.compressor.fingerprint}
+        settings = {"compressor": name}
         (target / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         kept = self.cache
         self.cache = MemoryCache(

@@ -231,9 +231,12 @@ def test_messages_that_the_chat_template_cannot_render_are_refused(
     [
         ({"content": "Who?"}, "a role and a content"),
         ("Who?", "a role and a content"),
+        ({"role": "user", "content": {"type": "text", "text": "x"}}, "must be text or a list of parts, got {'type'"),
+        ({"role": "user", "content": 5}, "must be text or a list of parts, got 5"),
+        ({"role": "user", "content": [5]}, "parts must be text or mappings, got 5"),
         ({"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}, "parts must be text.*'image_url'"),
     ],
-    ids=["no role", "no mapping", "image part"],
+    ids=str,
 )
 def test_messages_that_are_not_text_are_refused(message: dict[str, Any], rule: str, assembler: Assembler) -> None:
     with pytest.raises(ValueError, match=rule):

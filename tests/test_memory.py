@@ -182,6 +182,29 @@ def test_a_writer_that_contradicts_itself_is_an_error(change: dict[str, str], at
         Memory.from_bytes(rewritten(make_memory().to_bytes(at_rest), change, checksum=True))
 
 
+@pytest.mark.parametrize("at_rest", AT_REST)
+@pytest.mark.parametrize("change", ["one dimension", "no dimension", "complex", "no metadata"])
+def test_tensors_of_another_kind_are_an_error(change: str, at_rest: AtRest) -> None:
+    data = make_memory().to_bytes(at_rest)
+    metadata = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+    tensors = safetensors.torch.load(data)
+    if change == "no metadata":
+        header = json.dumps({"__metadata__": None}).encode()
+        with pytest.raises(MemoryFormatError, match="whole safetensors bytes|without format_version"):
+            Memory.from_bytes(len(header).to_bytes(8, "little") + header)
+        return
+    changed = {
+        "one dimension": lambda tensor: tensor.flatten(),
+        "no dimension": lambda tensor: tensor.flatten()[0].clone(),
+        "complex": lambda tensor: tensor.to(torch.complex64),
+    }[change]
+    tensors = {name: changed(tensor) for name, tensor in tensors.items()}
+    del metadata["checksum"]
+    metadata["checksum"] = _checksum(metadata, tensors)
+    with pytest.raises(MemoryFormatError, match="be consistent with its own metadata"):
+        Memory.from_bytes(safetensors.torch.save(tensors, metadata))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_memory_that_is_not_finite_is_never_stored(value: float) -> None:
     """It would poison every later answer."""

@@ -24,10 +24,9 @@ from pic_rag.training.batch import StepDataset, build_batches
 from pic_rag.training.config import Stage, TrainConfig
 from pic_rag.training.corpora import (
     Corpora,
+    _training_records,
     content_hash,
     held_out_hashes,
-    keep_training,
-    read_questions,
     read_texts,
 )
 from pic_rag.training.loop import Trainer, train
@@ -267,6 +266,25 @@ def test_a_run_that_has_to_finish_ends_with_a_rate_of_zero_in_its_time(data, tmp
     assert lines[len(lines) // 4]["rate"] == 1.0
 
 
+def test_a_short_run_that_has_to_finish_is_extended_and_is_whole_afterwards(data, tmp_path):
+    config = _config(data, tmp_path, steps=2, tasks={"continue": 1}, decay_share=0.5)
+    train(config, minutes=0.05, finish=True, progress=False)
+    lines = _metrics(tmp_path)
+    assert lines[-1]["step"] > 10
+    rates = [line["rate"] for line in lines]
+    after_warm_up = rates[rates.index(1.0) :]
+    assert after_warm_up == sorted(after_warm_up, reverse=True)
+    train(config, progress=False)  # nothing is left to do
+    assert _metrics(tmp_path)[-1]["step"] == lines[-1]["step"]
+
+
+@pytest.mark.parametrize("text_share", [0.0, 0.9])
+def test_rows_that_hold_no_example_are_an_error_and_no_endless_search(data, tmp_path, text_share):
+    config = _config(data, tmp_path, tasks={"questions": 1}, rows=[1, 1, 1], row_places=24, text_share=text_share)
+    with pytest.raises(ValueError, match="row_places must hold examples of the task questions, got 24"):
+        train(config, progress=False)
+
+
 def test_a_finished_run_may_be_read_as_what_it_was(data, tmp_path):
     config = _config(data, tmp_path, steps=9)
     assert config.ending_at(9) == config
@@ -364,7 +382,7 @@ def test_a_held_out_text_is_dropped_from_training(data, tmp_path, text):
 def test_a_held_out_question_or_context_is_dropped_from_training(data, tmp_path, row):
     _write(tmp_path / "held.jsonl", [row])
     held_out = held_out_hashes([str(tmp_path / "held.jsonl")])
-    kept = list(keep_training(read_questions(str(data / "questions.jsonl")), held_out))
+    kept = list(_training_records(str(data / "questions.jsonl"), held_out))
     assert [record.answers[0] for record in kept] == ["0", "1", "3", "4", "5"]
 
 
@@ -393,7 +411,7 @@ def test_an_empty_held_out_context_drops_nothing(data, tmp_path):
     _write(tmp_path / "held.jsonl", [{"question": "Else?", "contexts": [{"text": " "}]}])
     _write(tmp_path / "plain.jsonl", [{"question": "Who?", "answers": ["I"], "contexts": [{"text": "One line."}]}])
     held_out = held_out_hashes([str(tmp_path / "held.jsonl")])
-    assert len(list(keep_training(read_questions(str(tmp_path / "plain.jsonl")), held_out))) == 1
+    assert len(list(_training_records(str(tmp_path / "plain.jsonl"), held_out))) == 1
 
 
 def test_texts_that_are_all_too_short_are_an_error_and_no_endless_search(data, tmp_path):

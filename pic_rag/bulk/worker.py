@@ -19,7 +19,7 @@ class Job:
     Attributes:
         store: where memories go; one that can be pickled, as both of pic-rag's can.
         compressor: folder or hub id; None: the one shipped with pic-rag.
-        base_model: where the compressor's base model is, when not where its checkpoint says.
+        generator: where the compressor's generator is, when not where its checkpoint says.
         ratio: text tokens per memory token; None for the compressor's own.
         at_rest: precision of new memories in the store.
         namespace: of the memories in the store.
@@ -29,7 +29,7 @@ class Job:
 
     store: MemoryStore
     compressor: str | None = None
-    base_model: str | None = None
+    generator: str | None = None
     ratio: int | None = None
     at_rest: AtRest = "bf16"
     namespace: str = "default"
@@ -43,7 +43,7 @@ class Worker:
     def __init__(self, job: Job) -> None:
         self.ratio = job.ratio
         self.compressor = Compressor.from_pretrained(
-            job.compressor, base_model=job.base_model, device=job.device, dtype=job.dtype
+            job.compressor, generator=job.generator, device=job.device, dtype=job.dtype
         )
         self.cache = MemoryCache(job.store, self.compressor.fingerprint, namespace=job.namespace, at_rest=job.at_rest)
 
@@ -56,19 +56,23 @@ class Worker:
         Raises:
             StoreError: the store cannot be read or written.
         """
-        looked_up = [self._find(item) if item.status == "pending" else item for item in items]
+        looked_up = self._look_up(items)
         missing = [item for item in looked_up if item.status == "pending"]
         made = iter(self._compress(missing))
         return [next(made) if item.status == "pending" else item for item in looked_up]
 
-    def _find(self, item: Item) -> Item:
-        """The item, known if the store holds a whole memory of it."""
-        handle = self.compressor.handle(item.text, self.ratio)
+    def _look_up(self, items: Sequence[Item]) -> list[Item]:
+        """The items; a pending one is known if the store holds a whole memory of it."""
+        pending = [item for item in items if item.status == "pending"]
         try:
-            [memory] = self.cache.get([handle])
-        except MemoryFormatError as error:
-            return replace(item, message=f"Compressing '{item.source}' again: {error}")
-        return item if memory is None else _done(item, memory, status="known")
+            memories = self.cache.get([self.compressor.handle(item.text, self.ratio) for item in pending])
+        except MemoryFormatError as error:  # one of them: find out which
+            if len(items) == 1:
+                return [replace(items[0], message=f"Compressing '{items[0].source}' again: {error}")]
+            middle = len(items) // 2
+            return self._look_up(items[:middle]) + self._look_up(items[middle:])
+        found = iter(memories)
+        return [_known(item, next(found)) if item.status == "pending" else item for item in items]
 
     def _compress(self, items: list[Item]) -> list[Item]:
         if not items:
@@ -86,6 +90,10 @@ class Worker:
             replace(_done(item, memory, status="compressed"), stored_bytes=size)
             for item, memory, size in zip(items, memories, sizes, strict=True)
         ]
+
+
+def _known(item: Item, memory: Memory | None) -> Item:
+    return item if memory is None else _done(item, memory, status="known")
 
 
 def _done(item: Item, memory: Memory, *, status: Literal["compressed", "known"]) -> Item:

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
     job = Job(
         store,
         compressor=args.compressor,
-        base_model=args.generator,
+        generator=args.generator,
         ratio=args.ratio,
         at_rest=args.at_rest,
         namespace=args.namespace,

@@ -95,7 +95,7 @@ def load_compressor(args: argparse.Namespace, **options: str) -> Compressor:
         calm_libraries(bars=show_bars(args))
         return Compressor.from_pretrained(
             args.compressor,
-            base_model=getattr(args, "generator", None),
+            generator=getattr(args, "generator", None),
             device=args.device,
             dtype=args.dtype,
             **options,

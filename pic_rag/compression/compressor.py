@@ -69,6 +69,7 @@ class Compressor:
         name_or_path: str | Path | None = None,
         *,
         base_model: str | Path | None = None,
+        generator: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
@@ -78,6 +79,7 @@ class Compressor:
         Args:
             name_or_path: a folder written by `save_pretrained`, a hub id, or None for the one shipped with pic-rag.
             base_model: where the base model is, when it is not where the checkpoint says.
+            generator: where the generator is, likewise; its token embeddings are needed.
             device: None picks cuda, mps or cpu.
             dtype: compute dtype; None picks the device's fast one.
             attn_implementation: "sdpa", "eager" or "flex_attention"; None leaves it to transformers.
@@ -87,10 +89,10 @@ class Compressor:
             ValueError: when the checkpoint is damaged, or its base model is not the one it was trained on.
         """
         checkpoint = Checkpoint.load(name_or_path)
-        base, generator = load_models(
-            checkpoint, base_model, device=device, dtype=dtype, attn_implementation=attn_implementation
+        base, reads = load_models(
+            checkpoint, base_model, generator, device=device, dtype=dtype, attn_implementation=attn_implementation
         )
-        encoder = PicEncoder(base.model, checkpoint.config, generator.model.get_input_embeddings())
+        encoder = PicEncoder(base.model, checkpoint.config, reads.model.get_input_embeddings())
         encoder.load_trained_state(checkpoint.weights)
         encoder.merge_lora()
         return cls(checkpoint, encoder, base.tokenizer, name=None if name_or_path is None else str(name_or_path))

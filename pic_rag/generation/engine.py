@@ -89,8 +89,9 @@ class Engine:
         self.merge_calls = merge_calls
         self.end_token_ids = end_token_ids(model, tokenizer)
         self._reader = reader
-        if model.get_output_embeddings() is not None:
-            model.get_output_embeddings().register_forward_pre_hook(_compact)
+        head = model.get_output_embeddings()
+        if head is not None and _compact not in head._forward_pre_hooks.values():
+            head.register_forward_pre_hook(_compact)
         self._prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes and supports_reuse(model) else None
         self._lock = threading.Lock()
         self._turns = Turns(self._run, self._joins)

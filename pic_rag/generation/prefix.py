@@ -3,8 +3,9 @@
 A prompt with memories is cut into *blocks*. A block is a run of memories with little text between them, the documents
 of one retrieval say, and the text that stands before it; what follows the last memory, the question, is in no block.
 A block's keys and values depend on all rows before its own, and so does its name: a conversation that goes on with
-other documents still shares the blocks of its first ones. A block is read by itself, the first time as well, so whether
-it was kept changes no bit of an answer.
+other documents still shares the blocks of its first ones. A block is read by itself, the first time as well, so among
+prompts that are answered one by one whether it was kept changes no bit of an answer. In a batch all rows are read at
+once, rounded otherwise, and their blocks kept as well.
 
 This file knows rows, and a cache of transformers. It does not know tokenizers, sampling or threads.
 """

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from pic_rag.models.quiet import quiet_loading
 
 if TYPE_CHECKING:
-    from peft import LoraModel
+    from peft import LoraModel, PeftConfig
     from peft.tuners.lora import LoraLayer
 
 
@@ -42,7 +42,7 @@ class Reader:
         lora = _load(model, Path(folder))
         layers = [module for module in lora.modules() if isinstance(module, LoraLayer)]
         self._switch: Callable[[bool], object]
-        if _can_merge(layers, model.get_input_embeddings()):
+        if _can_merge(lora.peft_config["default"], layers, model.get_input_embeddings()):
             self._switch = _Sums(layers).switch
             lora.unload()
         else:
@@ -52,35 +52,47 @@ class Reader:
     @contextmanager
     def on(self) -> Iterator[None]:
         """Switch the LoRA on inside a `with` block. The caller sees to it that nobody else uses the model meanwhile."""
-        self._switch(True)
         try:
+            self._switch(True)
             yield
         finally:
             self._switch(False)
 
 
 class _Sums:
-    """The parameters of linear layers, and what they are with the LoRA added, to be put in their place."""
+    """The weights of linear layers with the LoRA added, to be put in the place of their own."""
 
     def __init__(self, layers: Sequence[LoraLayer]) -> None:
-        self._values: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor]] = []
-        for layer in layers:
-            parameters = list(layer.get_base_layer().parameters())
-            own = [parameter.data for parameter in parameters]
-            cast("Any", layer).merge(safe_merge=True)  # into copies
-            self._values += zip(parameters, own, [parameter.data for parameter in parameters], strict=True)
-        self.switch(False)
+        weights = [cast("nn.Parameter", layer.get_base_layer().weight) for layer in layers]
+        self._weights = [
+            (weight, weight.data + cast("Any", layer).get_delta_weight("default").to(weight.dtype))
+            for weight, layer in zip(weights, layers, strict=True)
+        ]
+        self._own: list[torch.Tensor] = []  # while the sums are in their place
 
     def switch(self, on: bool) -> None:
-        for parameter, own, merged in self._values:
-            parameter.data = merged if on else own
+        if on:
+            self._own = [weight.data for weight, _ in self._weights]
+            for weight, merged in self._weights:
+                weight.data = merged.to(weight.data)  # the model may have been moved since
+        else:
+            for (weight, _), own in zip(self._weights, self._own, strict=False):
+                weight.data = own
+            self._own = []
 
 
-def _can_merge(layers: Sequence[LoraLayer], embeddings: nn.Module) -> bool:
-    """Whether there is room, and all are plain linear layers: no quantised ones, no output head that is embeddings."""
+def _can_merge(config: PeftConfig, layers: Sequence[LoraLayer], embeddings: nn.Module) -> bool:
+    """Whether there is room, and it is all about weights of linear layers.
+
+    Not so with biases, further modules or DoRA, with quantised layers, and with an output head that is the embeddings.
+    """
+    settings: Any = config
+    further = (settings.modules_to_save, settings.trainable_token_indices, settings.lora_bias, settings.use_dora)
+    if any(further) or settings.bias != "none" or any(layer.lora_variant for layer in layers):
+        return False
     bases = [layer.get_base_layer() for layer in layers]
     linear = all(type(base) is nn.Linear and base.weight is not embeddings.weight for base in bases)
-    return linear and sum(parameter.nbytes for base in bases for parameter in base.parameters()) <= MERGED_BYTES
+    return linear and sum(cast("torch.Tensor", base.weight).nbytes for base in bases) <= MERGED_BYTES
 
 
 def _load(model: PreTrainedModel, folder: Path) -> LoraModel:

@@ -89,12 +89,12 @@ class Turns(Generic[R]):
             self._changed.wait_for(lambda: ticket.settled or (not self._running and self._waiting[0] is ticket))
             if ticket.settled:
                 return []
-            self._running = True
             group = [ticket]
             for other in self._waiting[1:]:
                 if self._may_join(other, group):
                     group.append(other)
             self._waiting = [other for other in self._waiting if other not in group]
+            self._running = True
             return group
 
     def _may_join(self, other: _Ticket[R], group: Sequence[_Ticket[R]]) -> bool:

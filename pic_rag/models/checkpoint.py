@@ -159,10 +159,14 @@ def _find_reader(folder: Path, generator: str) -> Path | None:
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise FileNotFoundError(
-            f"The memories of this compressor need their reader, got none at {str(weights)!r}. Fetch it again."
+            f"The memories of this compressor need their reader, got none at {str(weights)!r}. Fetch it again, or let "
+            "the training run that writes it go on."
         )
     if reader_id(model, folder) != generator.rpartition("@")[2]:
-        raise ValueError(f"{weights} must be the reader that {CONFIG_FILE} names, got another. Fetch it again.")
+        raise ValueError(
+            f"{weights} must be the reader that {CONFIG_FILE} names, got another. Fetch it again, or let the training "
+            "run that writes it go on."
+        )
     return folder
 
 

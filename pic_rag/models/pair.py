@@ -14,6 +14,7 @@ from pic_rag.models.checkpoint import Checkpoint
 def load_models(
     checkpoint: Checkpoint,
     base_model: str | Path | None = None,
+    generator: str | Path | None = None,
     **loading: Any,  # noqa: ANN401 - passed on to load_backbone
 ) -> tuple[Backbone, Backbone]:
     """The base model and the generator of a checkpoint; one object where they are the same model.
@@ -21,20 +22,22 @@ def load_models(
     Args:
         checkpoint: says which models they are.
         base_model: where the base model is, when it is not where the checkpoint says.
+        generator: where the generator is, likewise; the base model too, when it is the same model.
         **loading: `device`, `dtype`, `attn_implementation`.
 
     Raises:
-        FileNotFoundError: when the base model is not there.
+        FileNotFoundError: when one of them is not there.
         ValueError: when a model is not the one the checkpoint was trained with.
     """
     load = partial(load_backbone, **loading)
-    base = _load_base(load, base_model or checkpoint.base.name)
+    one_model = _digest(checkpoint.base.id) == _bare_digest(checkpoint.generator.id)
+    base = _load(load, "base_model", base_model or (generator if one_model else None) or checkpoint.base.name)
     if _digest(base.ref.id) != _digest(checkpoint.base.id):
         raise ValueError(
             f"The base model must be {checkpoint.base.id!r}, which this compressor was trained on, got "
             f"{base.ref.id!r}. Pass the right folder or hub id as base_model."
         )
-    return base, _generator_beside(load, base, checkpoint.generator)
+    return base, base if one_model else _load_generator(load, checkpoint.generator, generator)
 
 
 def load_generator(
@@ -50,35 +53,28 @@ def load_generator(
         **loading: as for `load_backbone`.
 
     Raises:
+        FileNotFoundError: when it is not there.
         ValueError: when the model found there is another than the memories are made for.
     """
-    backbone = load_backbone(name_or_path or checkpoint.generator.name, **loading)
-    if _digest(backbone.ref.id) != _bare_digest(checkpoint.generator.id):
-        raise ValueError(
-            f"generator must be {checkpoint.generator.id!r}, which the compressor makes memories for, got "
-            f"{backbone.ref.id!r}. Name the folder or hub id where the right model is."
-        )
-    return backbone
+    return _load_generator(partial(load_backbone, **loading), checkpoint.generator, name_or_path)
 
 
-def _load_base(load: Callable[..., Backbone], name_or_path: str | Path) -> Backbone:
+def _load(load: Callable[..., Backbone], argument: str, name_or_path: str | Path) -> Backbone:
     try:
         return load(name_or_path)
     except OSError as error:
         raise FileNotFoundError(
-            f"The base model must be a folder or a hub id, got {str(name_or_path)!r}: {error} "
-            "Pass the folder or hub id it is at now as base_model."
+            f"{argument} must be a folder or a hub id, got {str(name_or_path)!r}: {error} "
+            f"Pass the folder or hub id it is at now as {argument}."
         ) from error
 
 
-def _generator_beside(load: Callable[..., Backbone], base: Backbone, generator: ModelRef) -> Backbone:
-    if _digest(base.ref.id) == _bare_digest(generator.id):
-        return base
-    loaded = load(generator.name)
-    if _digest(loaded.ref.id) != _bare_digest(generator.id):
+def _load_generator(load: Callable[..., Backbone], wanted: ModelRef, name_or_path: str | Path | None) -> Backbone:
+    loaded = _load(load, "generator", name_or_path or wanted.name)
+    if _digest(loaded.ref.id) != _bare_digest(wanted.id):
         raise ValueError(
-            f"The generator must be {generator.id!r}, which this compressor writes memories for, got "
-            f"{loaded.ref.id!r}. Put the right model at {generator.name!r}."
+            f"generator must be {wanted.id!r}, which the compressor makes memories for, got {loaded.ref.id!r}. "
+            "Name the folder or hub id where the right model is."
         )
     return loaded
 

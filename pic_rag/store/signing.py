@@ -120,14 +120,12 @@ class HandleSigner:
         return read, [handle for _, handle in found]
 
     def _unsign(self, text: str, only: Collection[str] | None) -> str:
-        found = set(find_handles(text))
-        if only is not None:
-            for foreign in found.difference(only):
-                text = text.replace(foreign, escape_handles(foreign))
-            found.intersection_update(only)
-        known = {signed: handle for signed in found if (handle := self.verify(signed))}
+        read = {handle for handle in find_handles(text) if only is None or handle in only}
+        known = {signed: handle for signed in read if (handle := self.verify(signed))}
 
         def handle_of(match: re.Match[str]) -> str:
+            if match.group() not in read:
+                return escape_handles(match.group())
             if match.group() not in known:
                 raise UnknownHandleError(match.group(), len(known), _REMEDY)
             return known[match.group()]

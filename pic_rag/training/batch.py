@@ -16,6 +16,8 @@ from pic_rag.mask import Places
 from pic_rag.training.config import Stage, TrainConfig
 from pic_rag.training.examples import MEMORY, Dialogue, Example, ExampleFactory, Ratios
 
+_MOST_DRAWS = 1000  # examples too long for a row before a run gives up
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -96,16 +98,25 @@ class StepDataset(Dataset[Batch]):
         examples: list[Example] = []
         room = np.array(self.config.rows or [np.inf] * 3) * self.config.row_places
         while len(examples) < self.config.examples_per_step:
-            example = self.factory.draw(task, ratios, random)
-            if self.config.rows and example.longest > self.config.row_places:
-                continue
+            example = self._draw_one(task, ratios, random)
             room -= example.places
             if examples and room.min() < 0:
                 break
             examples.append(example)
         while not any(example.segments for example in examples):  # all were drawn as text
-            examples.append(self.factory.draw(task, ratios, random))
+            examples.append(self._draw_one(task, ratios, random))
         return sorted(examples, key=lambda example: not example.segments)
+
+    def _draw_one(self, task: str, ratios: Ratios, random: np.random.Generator) -> Example:
+        """An example that fits a row, where rows are fixed."""
+        for _ in range(_MOST_DRAWS):
+            example = self.factory.draw(task, ratios, random)
+            if not self.config.rows or example.longest <= self.config.row_places:
+                return example
+        raise ValueError(
+            f"row_places must hold examples of the task {task}, got {self.config.row_places}: {_MOST_DRAWS} in a row "
+            f"were longer, the last one of {example.longest} places. Raise row_places or leave rows out."
+        )
 
     def _stage(self, step: int) -> Stage:
         """The stage a step belongs to."""

@@ -131,11 +131,6 @@ def content_hash(text: str) -> str:
     return hashlib.sha256(" ".join(_WORD.findall(text.lower())).encode()).hexdigest()
 
 
-def keep_training(records: Iterable[Record], held_out: set[str]) -> Iterator[Record]:
-    """The records none of whose contexts (with or without title) or questions are held out."""
-    return (record for record in records if _held_out_by(record, held_out) is None)
-
-
 def _held_out_by(record: Record, held_out: set[str]) -> str | None:
     """What of a record is held out: the wording of its question, or a context; None when neither is."""
     if content_hash(record.question) in held_out:

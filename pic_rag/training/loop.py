@@ -40,6 +40,7 @@ STATE_FILE = "training_state.pt"
 METRICS_FILE = "metrics.jsonl"
 COMPRESSOR_FOLDER = "compressor"
 _PACE_STEPS = 100
+_ENDLESS = 2**40  # steps of a run whose end is not known yet
 
 
 def train(
@@ -115,11 +116,11 @@ class Trainer:
         """
         if finish and minutes is not None:
             constant = (1 - self.config.decay_share) * minutes
-            pace = self._run(constant, progress, watch)
-            if self.step < self.config.steps:
-                left = max(1, round(60 * (minutes - constant) / pace))
-                self.config = self.config.ending_at(self.step + left)
-                minutes = 1.1 * (minutes - constant)  # should the pace fall
+            self.config = self.config.ending_at(_ENDLESS)  # until it is known how many steps there is time for
+            pace = self._of_main_process(self._run(constant, progress, watch))
+            left = max(1, round(60 * (minutes - constant) / pace))
+            self.config = self.config.ending_at(self.step + left)
+            minutes = 1.1 * (minutes - constant)  # should the pace fall
         self._run(minutes, progress, watch)
         return self.out / COMPRESSOR_FOLDER
 
@@ -135,7 +136,8 @@ class Trainer:
         log = None
         if self.accelerator.is_main_process:
             log = MetricsLog(self.out / METRICS_FILE, self.step, self.seconds, self.config)
-        with tqdm(total=self.config.steps, initial=self.step, desc="train", disable=hidden or None) as bar:
+        total = self.config.steps if self.config.steps < _ENDLESS else None
+        with tqdm(total=total, initial=self.step, desc="train", disable=hidden or None) as bar:
             for batch in batches:
                 loss, accuracy, gradient = self._take_step(batch)
                 self.step += 1
@@ -154,7 +156,7 @@ class Trainer:
                 if now - saved > 60 * self.config.checkpoint_minutes:
                     self._save(time.monotonic() - begin)
                     saved = time.monotonic()
-                if minutes is not None and self._agree(now - started > 60 * minutes):
+                if minutes is not None and self._of_main_process(now - started > 60 * minutes):
                     break
         self.seconds = time.monotonic() - begin
         self._save(self.seconds)
@@ -175,11 +177,11 @@ class Trainer:
         self._publish()
         return loss.detach(), accuracy.detach(), gradient.detach()
 
-    def _agree(self, stop: bool) -> bool:
-        """Whether to stop, as the main process sees it: all devices have to leave the loop at the same step."""
+    def _of_main_process(self, value: float) -> float:
+        """What the main process measured: all devices have to leave the loop at the same step."""
         if self.accelerator.num_processes == 1:
-            return stop
-        return bool(broadcast(torch.tensor(stop, device=self.accelerator.device)).item())
+            return value
+        return float(broadcast(torch.tensor(float(value), device=self.accelerator.device)).item())
 
     def _publish(self) -> None:
         """Copy the float32 master weights into the model, which computes in its own dtype."""
@@ -272,8 +274,9 @@ class Trainer:
                 f"out must be a new folder or hold the same run, got {str(self.out)!r} with another configuration. "
                 "Choose another folder, or delete this one."
             )
-        past = state.get("stages", _past(self.config, state["step"]))  # a state of an older pic-rag does not say
-        if past != _past(self.config, state["step"]):
+        config = self.config.ending_at(max(self.config.steps, state["step"]))  # `finish` may have extended the run
+        past = state.get("stages", _past(config, state["step"]))  # a state of an older pic-rag does not say
+        if past != _past(config, state["step"]):
             raise ValueError(
                 f"stages must begin with the {state['step']} steps that the run in {str(self.out)!r} has taken, got "
                 f"other ones. They were: {past}. Put what is to change into steps after those, or choose another out."

@@ -61,7 +61,9 @@ def begin_lines(path: Path, head: Mapping[str, Any], step: int) -> None:
     """Start a file of lines at a step: lines of later steps, from a run that was killed, are dropped."""
     kept = path.read_text(encoding="utf-8").splitlines()[1:] if step else []
     lines = [json.dumps(head), *(line for line in kept if json.loads(line)["step"] <= step)]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    part = path.with_name(f"{path.name}.part")
+    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    part.replace(path)
 
 
 def append_lines(path: Path, *lines: Mapping[str, Any]) -> None:

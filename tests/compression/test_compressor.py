@@ -24,6 +24,7 @@ from transformers import (
 
 from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
+from pic_rag.generation.generator import Generator
 from pic_rag.models.checkpoint import Checkpoint
 
 CONFIG = PicConfig(segment_tokens=64, ratios=(4, 8, 16), lora_rank=4)
@@ -215,7 +216,7 @@ def test_two_models_of_one_name_are_not_taken_for_one_another(tiny_tokenizer, ba
     untrained = Compressor.from_base(tiny_model, tiny_tokenizer, CONFIG, generator=other)
     assert untrained.generator.name == untrained.checkpoint.base.name
     untrained.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="The generator must be .*, which this compressor writes memories for, got"):
+    with pytest.raises(ValueError, match="generator must be .*, which the compressor makes memories for, got"):
         _load(tmp_path)
 
 
@@ -354,6 +355,26 @@ def test_a_base_model_that_has_moved_is_named_with_the_way_out(trained_folder, t
     change = _edit("base", {"name": str(tmp_path / "gone"), "id": "gone@0123456789abcdef"})
     with pytest.raises(FileNotFoundError, match="got '.*gone'.*as base_model"):
         _load(_broken(trained_folder, tmp_path, change))
+
+
+def test_a_generator_that_has_moved_is_loaded_from_where_it_is_said_to_be(tiny_model, tiny_tokenizer, tmp_path):
+    other = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    for name, model in (("base", tiny_model), ("generator", other)):
+        model.save_pretrained(tmp_path / name)
+        tiny_tokenizer.save_pretrained(tmp_path / name)
+    base, made_for = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("base", "generator"))
+    Compressor.from_base(base, tiny_tokenizer, generator=made_for).save_pretrained(tmp_path / "pic")
+    (tmp_path / "generator").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="generator must be a folder or a hub id, got '.*generator'"):
+        _load(tmp_path / "pic")
+    loaded = _load(tmp_path / "pic", generator=tmp_path / "moved")
+    assert Generator.from_checkpoint(loaded.checkpoint, tmp_path / "moved", device="cpu", dtype="float32").generate(
+        "Who?", max_new_tokens=2
+    )
+    with pytest.raises(ValueError, match="generator must be .*, which the compressor makes memories for, got "):
+        _load(tmp_path / "pic", generator=tmp_path / "base")
 
 
 MEASURE = """

@@ -357,6 +357,63 @@ def test_a_merged_reader_says_what_one_added_at_every_token_says(
         assert torch.allclose(reading.model(**inputs).logits, added(**inputs).logits, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "further", [{"modules_to_save": ["norm"]}, {"trainable_token_indices": [5, 6]}, {"use_dora": True}], ids=str
+)
+def test_a_reader_that_is_more_than_a_lora_is_on_as_a_whole_and_off_as_a_whole(
+    tiny_model: PreTrainedModel, generator: Generator, tmp_path: Path, further: dict[str, Any]
+) -> None:
+    lora = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, **further)
+    adapted = get_peft_model(copy.deepcopy(tiny_model), lora)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "modules_to_save" in name or "trainable_tokens_delta" in name:
+                parameter.add_(0.3)
+    adapted.save_pretrained(str(tmp_path))
+    model = copy.deepcopy(tiny_model)
+    reader = Reader(model, tmp_path)
+    inputs = generator.tokenizer("Who was it?", return_tensors="pt")
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, tiny_model(**inputs).logits)
+        with reader.on():
+            assert torch.allclose(model(**inputs).logits, adapted(**inputs).logits, atol=1e-4)
+        assert torch.equal(model(**inputs).logits, tiny_model(**inputs).logits)
+
+
+def test_a_model_that_is_moved_after_its_reader_was_added_reads_on(
+    reader: Path, tiny_model: PreTrainedModel, generator: Generator
+) -> None:
+    model = copy.deepcopy(tiny_model)
+    added = Reader(model, reader)
+    model.to(torch.bfloat16)
+    inputs = generator.tokenizer("Who was it?", return_tensors="pt")
+    with torch.no_grad():
+        before = model(**inputs).logits
+        with added.on():
+            assert not torch.equal(model(**inputs).logits, before)
+        assert torch.equal(model(**inputs).logits, before)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_an_interrupt_while_the_reader_is_switched_on_leaves_the_model_as_it_was(
+    reader: Path, tiny_model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy.deepcopy(tiny_model)
+    added = Reader(model, reader)
+    before = [parameter.clone() for parameter in model.parameters()]
+    switch = added._switch
+
+    def interrupted(on: bool) -> None:
+        switch(on)
+        if on:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(added, "_switch", interrupted)
+    with pytest.raises(KeyboardInterrupt), added.on():
+        pass
+    assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # peft warns of just this
 def test_where_the_head_is_the_embeddings_a_reader_on_it_changes_no_embedding(
     tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast, tmp_path: Path

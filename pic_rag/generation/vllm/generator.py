@@ -135,7 +135,11 @@ class VLLMGenerator(BaseGenerator):
     async def _adecode(
         self, prompts: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling, /
     ) -> None:
-        await self._engine.adecode(prompts, completions, sampling)
+        try:
+            await self._engine.adecode(prompts, completions, sampling)
+        finally:
+            for completion in completions:
+                completion.abandoned = True  # of a cancelled call: a thread goes on to its next token
 
 
 def _skeleton(folder: str, dtype: str | torch.dtype | None) -> PreTrainedModel:

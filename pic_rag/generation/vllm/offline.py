@@ -54,10 +54,10 @@ class OfflineEngine:
         """Step the engine until every completion is finished; one that needs no further token leaves it at once."""
         engine = self._llm.llm_engine
         with self._lock:
-            waiting = {
-                self._add(prompt, sampling): completion for prompt, completion in zip(prompts, completions, strict=True)
-            }
+            waiting: dict[str, Completion] = {}
             try:
+                for prompt, completion in zip(prompts, completions, strict=True):
+                    waiting[self._add(prompt, sampling)] = completion
                 while waiting:
                     for output in engine.step():
                         completion = waiting[output.request_id]
