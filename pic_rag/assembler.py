@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, replace_handles, split_handles
 from pic_rag.memory import Memory
+from pic_rag.prompts import check_unicode
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """Text, or chat messages: a role and a content that is a string or a list of `{"type": "text", "text": ...}` parts."""
@@ -114,9 +115,10 @@ class Assembler:
 
         Raises:
             UnknownHandleError: when a handle is not in `memories`.
-            ValueError: when a memory was made for another generator, or is not finite.
+            ValueError: when a memory was made for another generator, or is not finite, or the text is not Unicode.
         """
         text = self.render(prompt)
+        check_unicode("prompt", text)
         pieces = split_handles(text)
         read = [self._resolve(piece, memories) for is_handle, piece in pieces if is_handle]
         upcoming = iter(read)

@@ -21,3 +21,22 @@ def rag_messages(question: str, passages: Sequence[str]) -> list[dict[str, str]]
     shown = f"Documents:\n{documents}\n\n" if passages else ""
     instruction = INSTRUCTION if passages else "Answer the question in a few words."
     return [{"role": "user", "content": f"{instruction}\n\n{shown}Question: {question}"}]
+
+
+def check_unicode(what: str, text: str) -> None:
+    """Tokenizers take no lone surrogates, which PDF extractors and JSON escapes make.
+
+    Args:
+        what: names the text in the message, such as "query".
+        text: any string.
+
+    Raises:
+        ValueError: there is one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{what} must be valid Unicode, got a lone surrogate at character {error.start}. "
+            'Decode with errors="replace".'
+        ) from error

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import threading
+import time
 import unicodedata
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -229,3 +230,45 @@ def test_who_names_the_handles_has_no_others_read_and_no_error(signer: HandleSig
     assert handles == [OTHER]
     with pytest.raises(UnknownHandleError):
         signer.unsign(HANDLE, only=[HANDLE])
+
+
+@pytest.mark.parametrize("cut", [20, 45, 69])
+def test_a_handle_that_was_cut_is_an_error_and_not_a_text_to_guess_about(signer: HandleSigner, cut: int) -> None:
+    """A splitter behind the compressor, or a prompt that was shortened."""
+    signed = signer.sign(HANDLE)
+    for text in (f"{signed[:cut]} {signed[cut:]}", f"{signer.sign(OTHER)} and {signed[:cut]}"):
+        with pytest.raises(
+            ValueError, match=r"handles must be whole, got '\[\[pic:0123.*Compress after text splitters"
+        ):
+            signer.unsign(text)
+    assert signer.unsign("[[pic: what is that? [[pic::0123456789abcdef0123") == (
+        "[[pic: what is that? [[pic::0123456789abcdef0123",
+        [],
+    )
+
+
+class BrokenStore(InMemoryByteStore):
+    """Can be neither read nor written."""
+
+    def mget(self, keys: Sequence[str]) -> list[bytes | None]:
+        """Refuse."""
+        raise PermissionError("no")
+
+
+def test_without_a_readable_store_handles_are_read_in_this_process(caplog: pytest.LogCaptureFixture) -> None:
+    """As without a writable one: compressing goes on, and so does reading."""
+    with caplog.at_level(logging.WARNING):
+        signed = HandleSigner(BrokenStore()).sign(HANDLE)
+    assert "its handles are read in this process only: no" in caplog.text
+    assert HandleSigner(BrokenStore()).verify(signed) == HANDLE
+
+
+def test_many_foreign_handles_are_escaped_in_one_pass(signer: HandleSigner) -> None:
+    """Not in one pass each, which took minutes."""
+    signed = signer.sign(HANDLE)
+    foreign = [f"[[pic:{number:064x}]]" for number in range(20_000)]
+    begin = time.perf_counter()
+    read, handles = signer.unsign("".join(foreign) + signed, only=[signed])
+    assert time.perf_counter() - begin < 5
+    assert handles == [HANDLE]
+    assert str(read).count("[[pic::") == 20_000

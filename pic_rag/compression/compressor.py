@@ -25,6 +25,7 @@ from pic_rag.memory import Memory, hash_text
 from pic_rag.models.backbone import Backbone, load_backbone
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.models.pair import load_models
+from pic_rag.prompts import check_unicode
 
 BATCH_SIZE = 8
 """Rows encoded at once; a row holds one full segment or several short ones."""
@@ -311,13 +312,7 @@ def _check_texts(texts: Iterable[str]) -> list[str]:
     for number, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts must hold strings, got {type(text).__name__} at position {number}.")
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"texts must be valid Unicode, got a lone surrogate at position {number}, character {error.start}. "
-                'Decode the file with errors="replace".'
-            ) from error
+        check_unicode(f"text {number}", text)
     return texts
 
 

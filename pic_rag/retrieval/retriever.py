@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from pic_rag.models.embedded import retriever_path
 from pic_rag.models.quiet import quiet_loading
+from pic_rag.prompts import check_unicode
 from pic_rag.retrieval.documents import Document
 from pic_rag.retrieval.index_folder import RetrieverError, damaged, read_file, read_manifest, write_folder
 from pic_rag.retrieval.passages import OVERLAP_CHARACTERS, PASSAGE_CHARACTERS, Passage, PassageSplitter
@@ -104,8 +105,12 @@ class Retriever:
 
         Raises:
             TypeError: an item is not a `Document`.
+            ValueError: a text is not valid Unicode.
         """
         documents = list(documents)
+        for document in documents:
+            if isinstance(document, Document):  # of another type: `split` says so
+                check_unicode(f"The text of document {document.source!r}", document.text)
         wanted = {passage.hash: passage for document in documents for passage in self.split(document)}
         with self._adding:
             fresh = [passage for passage in wanted.values() if passage.hash not in self._hashes]
@@ -135,9 +140,13 @@ class Retriever:
         """Return the `top_k` best passages, or all when there are fewer, best first.
 
         Raises:
-            ValueError: `query` is blank or `top_k` below 1.
+            TypeError: `query` is not a string.
+            ValueError: `query` is blank or not valid Unicode, or `top_k` below 1.
         """
         _check_positive("top_k", top_k)
+        if not isinstance(query, str):
+            raise TypeError(f"query must be a string, got {type(query).__name__}. Pass the question alone.")
+        check_unicode("query", query)
         if not query.strip():
             raise ValueError(f"query must hold text, got {query!r}.")
         if not self._passages:

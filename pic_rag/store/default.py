@@ -14,5 +14,5 @@ STORE_FILE = "memories.sqlite"
 
 def shared_store(folder: str | Path | None = None) -> SQLiteStore:
     """The process's SQLite store in a folder; None: pic-rag's cache folder, where `PicRag` keeps memories as well."""
-    path = Path(folder or cache_folder()) / STORE_FILE
+    path = Path(folder or cache_folder()).expanduser() / STORE_FILE
     return share(("store", str(path)), lambda: SQLiteStore(path))

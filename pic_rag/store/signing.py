@@ -46,6 +46,8 @@ _PEOPLE_REMEDY = (
 )
 _DOCUMENT_ROLES = ("system", "developer", "tool", "function")
 
+_CUT_HANDLE = re.compile(r"\[\[pic:[0-9a-f]{8,63}(?![0-9a-f\]])")  # and then something else, or nothing
+
 _making_key = threading.Lock()
 
 
@@ -103,6 +105,7 @@ class HandleSigner:
 
         Raises:
             UnknownHandleError: a handle was not signed by this namespace, is too old, or stands where people write.
+            ValueError: a handle was cut into pieces.
         """
         if isinstance(prompt, str):
             text = self._unsign(prompt, only)
@@ -120,6 +123,11 @@ class HandleSigner:
         return read, [handle for _, handle in found]
 
     def _unsign(self, text: str, only: Collection[str] | None) -> str:
+        if only is None and (cut := _CUT_HANDLE.search(text)):
+            raise ValueError(
+                f"handles must be whole, got {cut.group()!r}. Compress after text splitters and whatever else shortens "
+                "texts, or pass what users type through escape_handles."
+            )
         read = {handle for handle in find_handles(text) if only is None or handle in only}
         known = {signed: handle for signed in read if (handle := self.verify(signed))}
 
@@ -146,13 +154,14 @@ class HandleSigner:
         """
         name = f"{self.namespace}/key"
         with _making_key:
-            [key] = self.store.mget([name])
-            if key is None:
-                try:
-                    self.store.mset([(name, secrets.token_bytes(_KEY_BYTES))])
-                except Exception as error:  # a store of another library raises what it likes
-                    logger.warning("The store keeps no key, so its handles are read in this process only: %s", error)
+            key = None
+            try:
                 [key] = self.store.mget([name])
+                if key is None:
+                    self.store.mset([(name, secrets.token_bytes(_KEY_BYTES))])
+                    [key] = self.store.mget([name])
+            except Exception as error:  # a store of another library raises what it likes
+                logger.warning("The store keeps no key, so its handles are read in this process only: %s", error)
         if key is not None and len(key) != _KEY_BYTES:
             raise ValueError(f"{name} must be {_KEY_BYTES} bytes in the store, got {len(key)}. Delete it.")
         return _process_key() if key is None else key

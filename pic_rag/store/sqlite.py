@@ -34,7 +34,7 @@ class SQLiteStore:
     The file is opened on first use. One object may be shared by threads, carried over a fork and pickled.
 
     Args:
-        path: The file; it and its folders are made when missing.
+        path: The file; it and its folders are made when missing. One that may not be written is read.
         timeout_s: Seconds to wait for another writer.
     """
 
@@ -151,9 +151,13 @@ class SQLiteStore:
 
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(
-            self.path, timeout=self.timeout_s, isolation_level=None, check_same_thread=False
-        )  # isolation_level=None: transactions begin and end where this file says so
+        effective = os.access in os.supports_effective_ids
+        if self.path.is_file() and not os.access(self.path, os.W_OK, effective_ids=effective):
+            # Part of an image or of somebody else's installation. Without a log beside it nobody is writing to it, and
+            # SQLite need not make one to read it.
+            logged = self.path.with_name(f"{self.path.name}-wal").exists()
+            return self._connect(f"{self.path.absolute().as_uri()}?mode=ro{'' if logged else '&immutable=1'}")
+        connection = self._connect(self.path.absolute().as_uri())
         try:
             self._start_logging(connection)
             connection.execute("PRAGMA synchronous=NORMAL")
@@ -162,6 +166,10 @@ class SQLiteStore:
             connection.close()
             raise
         return connection
+
+    def _connect(self, uri: str) -> sqlite3.Connection:
+        """A connection whose transactions begin and end where this file says so."""
+        return sqlite3.connect(uri, uri=True, timeout=self.timeout_s, isolation_level=None, check_same_thread=False)
 
     def _start_logging(self, connection: sqlite3.Connection) -> None:
         """Switch to write-ahead logging.

@@ -250,7 +250,11 @@ def test_a_ratio_that_is_not_served_is_an_error(compressor, ratio):
         ("one text", TypeError, r"texts must be a list of strings, got one string. Write compress\(\[text\]\)"),
         (["good", None], TypeError, "texts must hold strings, got NoneType at position 1"),
         ([b"bytes"], TypeError, "texts must hold strings, got bytes at position 0"),
-        (["good", "bad \ud800"], ValueError, "got a lone surrogate at position 1, character 4. Decode the file with"),
+        (
+            ["good", "bad \ud800"],
+            ValueError,
+            "text 1 must be valid Unicode, got a lone surrogate at character 4",
+        ),
     ],
 )
 def test_what_is_no_list_of_texts_is_an_error(compressor, texts, error, rule):

@@ -278,3 +278,12 @@ def test_the_embedded_retriever_finds_the_document_of_every_demo_question() -> N
         hits = retriever.search(question["question"], top_k=3)
         assert any(question["answers"][0] in hit.passage.text for hit in hits), question
         assert Path(hits[0].passage.source).name == question["source"]
+
+
+def test_what_is_no_text_is_an_error_that_says_so(retriever):
+    with pytest.raises(TypeError, match="query must be a string, got dict. Pass the question alone"):
+        retriever.search({"question": "Who?"})
+    with pytest.raises(ValueError, match="query must be valid Unicode"):
+        retriever.search("Who \ud800?")
+    with pytest.raises(ValueError, match="The text of document 'odd' must be valid Unicode, got .* at character 4"):
+        retriever.add([Document("odd", "bad \ud800", "odd")])

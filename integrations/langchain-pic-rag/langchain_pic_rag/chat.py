@@ -22,13 +22,13 @@ from langchain_pic_rag.guard import LLM_TYPE
 from langchain_pic_rag.messages import to_prompt, tool_chunk, usage
 from langchain_pic_rag.settings import ModelSettings
 from langchain_pic_rag.tools import parse_calls
-from pic_rag import UnknownHandleError, shared_generator
+from pic_rag import UnknownHandleError, shared_compressor, shared_generator
 
 if TYPE_CHECKING:
     import builtins
     from collections.abc import Mapping
 
-    from pic_rag import BaseGenerator, Generation, Memory
+    from pic_rag import BaseGenerator, Compressor, Generation, Memory
 else:
     BaseGenerator = Any  # pydantic reads annotations at import, when torch must not be loaded yet
 
@@ -104,6 +104,12 @@ class ChatPIC(ModelSettings, BaseChatModel):
             return self.generator
         return shared_generator(self.get_checkpoint(), self.generator_name, **self.loading)
 
+    def get_compressor(self) -> Compressor:
+        """The compressor, for memories that the store has lost; `model_kwargs` are the generator's."""
+        if self.compressor is not None:
+            return self.compressor
+        return shared_compressor(self.model_name, device=self.device, dtype=self.dtype)
+
     @property
     def _llm_type(self) -> str:
         return LLM_TYPE
@@ -142,18 +148,20 @@ class ChatPIC(ModelSettings, BaseChatModel):
         self,
         tools: Sequence[builtins.dict[str, Any] | type | Callable[..., Any] | BaseTool],
         *,
-        tool_choice: str | None = None,
+        tool_choice: str | bool | builtins.dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """Tell the generator which tools it can call. How well it does is up to its own training.
 
         Args:
             tools: anything LangChain makes a tool of.
-            tool_choice: "any" asks for some call, a name for a call of that tool; None or "auto" leaves it open.
+            tool_choice: "any" or True asks for some call, a name (or OpenAI's dict around it) for a call of that tool;
+                None, False, "none" or "auto" leaves it open.
             **kwargs: bound as they are.
         """
         formatted = [convert_to_openai_tool(tool) for tool in tools]
-        choice = {"auto": None, "required": "any"}.get(tool_choice or "auto", tool_choice)
+        wanted: Any = tool_choice["function"]["name"] if isinstance(tool_choice, dict) else tool_choice
+        choice = {True: "any", "required": "any", False: None, "auto": None, "none": None}.get(wanted, wanted)
         return self.bind(tools=formatted, tool_choice=choice, **kwargs)
 
     def get_num_tokens(self, text: str) -> int:
@@ -252,7 +260,9 @@ class ChatPIC(ModelSettings, BaseChatModel):
             yield chunk
 
     def _call(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: builtins.dict[str, Any]) -> _Call:
-        unknown = kwargs.keys() - {*_SAMPLING, "tools", "tool_choice", "handles"}
+        if not messages:
+            raise ValueError("messages must hold at least one, got none. Ask something.")
+        unknown = kwargs.keys() - {*_SAMPLING, "tools", "tool_choice", "parallel_tool_calls", "handles"}
         if unknown:
             raise TypeError(
                 f"{min(unknown)} must be one of {', '.join(_SAMPLING)}, stop, handles, tools, tool_choice, got "

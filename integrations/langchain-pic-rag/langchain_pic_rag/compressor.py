@@ -165,6 +165,7 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
             UnknownHandleError: a document was compressed before, and its text is nowhere to be found.
         """
         _refuse_handles(query)
+        _check_documents(documents)
         if not documents:
             return []
         manager = get_callback_manager_for_config(_config(callbacks))
@@ -182,6 +183,7 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
     ) -> Sequence[Document]:
         """`compress_documents` in a thread of its own: the event loop is never blocked."""
         _refuse_handles(query)
+        _check_documents(documents)
         if not documents:
             return []
         manager = get_async_callback_manager_for_config(_config(callbacks))
@@ -239,10 +241,14 @@ def _config(callbacks: Callbacks | None) -> RunnableConfig:
 
 
 def _documents_and_query(value: Any) -> tuple[Sequence[Document], str]:
-    documents, query = (value.get("documents"), value.get("query", "")) if isinstance(value, dict) else (value, "")
+    documents: Any = value.get("documents") if isinstance(value, dict) else value
+    _check_documents(documents)
+    return documents, value.get("query", "") if isinstance(value, dict) else ""
+
+
+def _check_documents(documents: Any) -> None:
     if not isinstance(documents, (list, tuple)) or not all(isinstance(document, Document) for document in documents):
         raise TypeError(
-            f"input must be a list of Documents or a dict with the key 'documents', got {type(value).__name__}. "
+            f"input must be a list of Documents or a dict with the key 'documents', got {documents!r:.80}. "
             "Put the retriever before the compressor."
         )
-    return documents, query

@@ -99,7 +99,7 @@ class PassageRetriever(BaseRetriever):
             Document(
                 id=hit.passage.id,
                 page_content=hit.passage.text,
-                metadata={**hit.passage.metadata, "source": hit.passage.source, "score": hit.score},
+                metadata={**hit.passage.metadata, "source": hit.passage.source},
             )
             for hit in self.retriever.search(query, self.k if k is None else k)
         ]

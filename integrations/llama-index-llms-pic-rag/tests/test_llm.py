@@ -282,3 +282,21 @@ def test_settings_survive_json_without_the_objects(llm):
     assert restored.namespace == "b"
     assert restored.max_new_tokens == 8
     assert restored.generator is None
+
+
+def test_what_a_call_cannot_set_is_an_error_that_says_what_it_can(llm):
+    with pytest.raises(TypeError, match="max_tokens must be one of max_new_tokens, stop, .*, got 5"):
+        llm.complete("Who?", max_tokens=5)
+    with pytest.raises(ValueError, match="and in generate_kwargs, for every call: max_new_tokens, stop, temperature"):
+        PICLLM(temperature=0.1)
+    assert llm.complete("Who?", stop="e").text == llm.complete("Who?", stop=["e"]).text
+
+
+def test_no_message_is_an_error_that_says_so(llm):
+    with pytest.raises(ValueError, match="messages must hold at least one, got none"):
+        llm.chat([])
+
+
+def test_a_path_is_no_store():
+    with pytest.raises(ValueError, match=r"store must be .*, got 'x.sqlite'. For a file pass pic_rag.SQLiteStore"):
+        PICLLM(store="x.sqlite")

@@ -277,3 +277,8 @@ def test_a_misspelt_setting_and_an_impossible_namespace_are_refused(component):
 def test_settings_survive_json_without_the_objects(compressor):
     restored = PICCompressor.from_dict({**compressor.to_dict(), "ratio": 8})
     assert (restored.ratio, restored.compressor, restored.store) == (8, None, None)
+
+
+def test_a_path_is_no_store():
+    with pytest.raises(ValueError, match=r"store must be .*, got 'x.sqlite'. For a file pass pic_rag.SQLiteStore"):
+        PICCompressor(store="x.sqlite")

@@ -14,8 +14,8 @@ from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 from langchain_core.tools import create_retriever_tool, tool
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
-from langchain_pic_rag import ChatPIC, PICRetriever, escape_input
-from langchain_pic_rag.tools import format_calls, parse_calls
+from langchain_pic_rag import ChatPIC, PICCompressor, PICRetriever, escape_input
+from langchain_pic_rag.tools import format_calls, parse_calls, tool_instructions
 
 from pic_rag import Generator, SQLiteStore, UnknownHandleError
 
@@ -310,3 +310,45 @@ def _find(run, name):
     if run.name == name:
         return run
     return next((found for child in run.child_runs if (found := _find(child, name))), None)
+
+
+def test_a_lost_memory_is_made_again_whatever_the_generator_was_loaded_with(checkpoints, store, documents):
+    loading = {"model_name": checkpoints[0], "device": "cpu", "dtype": "float32", "store": store}
+    [shown] = PICCompressor(**loading).compress_documents(documents[:1], "Who?")
+    chat = ChatPIC(**loading, model_kwargs={"merge_calls": True}, max_tokens=2)
+    before = chat.invoke(shown.page_content)
+    [kept] = chat.get_memory_cache().keys()
+    chat.get_memory_cache().delete([kept])
+    assert chat.invoke(shown.page_content).content == before.content
+
+
+@pytest.mark.parametrize(
+    ("choice", "must"),
+    [
+        (True, "You must call a function."),
+        ("required", "You must call a function."),
+        ({"type": "function", "function": {"name": "look"}}, "You must call look."),
+        (False, None),
+        ("none", None),
+    ],
+    ids=str,
+)
+def test_every_form_of_tool_choice_says_what_it_means(chat, choice, must):
+    def look(where: str) -> str:
+        """Look somewhere."""
+        return where
+
+    bound = chat.bind_tools([look], tool_choice=choice, parallel_tool_calls=False)
+    instructions = tool_instructions(bound.kwargs["tools"], bound.kwargs["tool_choice"])
+    assert instructions.endswith(must or "</tool_call>")
+    assert bound.invoke("Where?").usage_metadata["output_tokens"] > 0
+
+
+def test_no_message_is_an_error_that_says_so(chat):
+    with pytest.raises(ValueError, match="messages must hold at least one, got none"):
+        chat.invoke([])
+
+
+def test_text_that_is_not_unicode_is_an_error_that_says_so(chat):
+    with pytest.raises(ValueError, match="prompt must be valid Unicode, got a lone surrogate"):
+        chat.invoke("What is \ud800?")

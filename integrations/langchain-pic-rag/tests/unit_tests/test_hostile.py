@@ -161,7 +161,14 @@ def test_halves_of_a_handle_in_two_messages_do_not_become_one(chat, shown):
     halves = [HumanMessage(shown[0][:20]), HumanMessage(shown[0][20:])]
     parts = [HumanMessage([{"type": "text", "text": half.content} for half in halves])]
     for messages in (halves, parts):
-        assert chat.invoke(messages).usage_metadata["input_token_details"]["memory"] == 0
+        with pytest.raises(ValueError, match="handles must be whole"):
+            chat.invoke(messages)
+
+
+def test_a_splitter_behind_the_compressor_is_noticed_before_the_model_makes_something_up(chat, shown):
+    chunks = [shown[0][start : start + 50] for start in range(0, len(shown[0]), 50)]
+    with pytest.raises(ValueError, match="Compress after text splitters"):
+        chat.invoke("\n\n".join(chunks) + "\n\nWho?")
 
 
 def test_an_application_can_shut_out_even_what_it_showed_to_the_user(chat, shown, compressor, base_retriever):

@@ -18,7 +18,7 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     LLMMetadata,
 )
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM, default_completion_to_prompt
 from llama_index.llms.pic_rag.responses import as_chat, as_messages, completion, completions
@@ -34,6 +34,7 @@ _REMEDY = (
     "PICCompressor again."
 )
 Prompt = str | Sequence[Mapping[str, Any]]
+_SETTINGS = ("max_new_tokens", "stop", "temperature", "top_p", "seed")
 
 
 class PICLLM(LLM):
@@ -94,9 +95,20 @@ class PICLLM(LLM):
         unknown = set(values) - set(cls.model_fields) if isinstance(values, dict) else ()
         if unknown:
             raise ValueError(
-                f"Unknown setting {min(unknown)!r}. {cls.__name__} has: {', '.join(sorted(cls.model_fields))}."
+                f"Unknown setting {min(unknown)!r}. {cls.__name__} has: {', '.join(sorted(cls.model_fields))}; and in "
+                f"generate_kwargs, for every call: {', '.join(_SETTINGS)}."
             )
         return values
+
+    @field_validator("store")
+    @classmethod
+    def _check_store(cls, store: Any) -> Any:
+        if store is not None and not (hasattr(store, "mget") and hasattr(store, "mset")):
+            raise ValueError(
+                f"store must be a pic_rag.MemoryStore or a LangChain ByteStore, got {store!r}. "
+                "For a file pass pic_rag.SQLiteStore(path)."
+            )
+        return store
 
     @classmethod
     def class_name(cls) -> str:
@@ -225,7 +237,15 @@ class PICLLM(LLM):
         return (as_chat(response) for response in stream)
 
     def _settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        return {"max_new_tokens": self.max_new_tokens, **self.generate_kwargs, **settings}
+        given = {**self.generate_kwargs, **settings}
+        if unknown := given.keys() - set(_SETTINGS):
+            raise TypeError(
+                f"{min(unknown)} must be one of {', '.join(_SETTINGS)}, got {given[min(unknown)]!r}. PICLLM has no "
+                "such setting of a call: leave it out."
+            )
+        if isinstance(given.get("stop"), str):
+            given["stop"] = (given["stop"],)
+        return {"max_new_tokens": self.max_new_tokens, **given}
 
     def _from_text(self, prompt: str, formatted: bool) -> Prompt:
         """Without a chat template, or with a `completion_to_prompt` of the user's own, a text stays text."""
@@ -240,6 +260,8 @@ class PICLLM(LLM):
         own = self.messages_to_prompt not in (None, generic_messages_to_prompt)
         if self.messages_to_prompt is not None and (own or not self.metadata.is_chat_model):
             return self.messages_to_prompt(messages)
+        if not messages:
+            raise ValueError("messages must hold at least one, got none. Ask something.")
         return as_messages(messages)
 
     def _read(self, prompt: Prompt) -> tuple[Prompt, list[Memory]]:
