@@ -21,7 +21,9 @@ def add_parser(commands: Commands) -> None:
         "from the Markdown file.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("report", nargs="?", metavar="FILE", help="what `pic-rag eval --json` wrote")
+    what.add_argument(
+        "report", nargs="?", metavar="FILE", help="what `pic-rag eval --json` wrote, or report.json of `pic-rag bench`"
+    )
     what.add_argument("--update", nargs="+", metavar="MARKDOWN", help="Markdown files whose tables are renewed")
     _add_options(parser)
     parser.set_defaults(run=run)

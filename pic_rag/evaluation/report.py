@@ -30,8 +30,12 @@ COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "too_long": ("too long", lambda row: _number(row, "too_long", "")),
     "bytes": ("bytes a document", lambda row: _number(row, "document_bytes_mean", ",.0f")),
     "seconds": ("seconds", lambda row: _number(row, "seconds", ".1f")),
+    "context": ("context tokens", lambda row: _number(row, "context_tokens", ",d")),
+    "cache": ("memories", lambda row: row.get("cache") or ""),
+    "sooner": ("first token sooner", lambda row: _number(row, "first_token_sooner", ".2f")),
+    "faster": ("whole answer faster", lambda row: _number(row, "faster", ".2f")),
 }
-"""What a table may show: heading, and how a row of a report says it."""
+"""What a table may show: heading, and how a row of a report says it. The last four are of `pic-rag bench`."""
 
 DEFAULT_COLUMNS = ("system", "ratio", "f1", "em", "contains", "agreement", "prompt", "text", "seconds")
 
@@ -88,7 +92,7 @@ def refill(markdown: str, render: Callable[[str], str]) -> str:
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
-    """A report as `pic-rag eval --json` wrote it.
+    """A report as `pic-rag eval --json` or `pic-rag bench` wrote it.
 
     Raises:
         FileNotFoundError: when there is no such file.
