@@ -146,7 +146,7 @@ def test_a_text_the_compressor_refuses_costs_itself_only(checkpoint: Path, tmp_p
     bad = type(good[0])("bad.txt", "broken \ud800 text")
     done = Worker(make_job(store, checkpoint))([*good[:5], bad, *good[5:]])
     assert [item.status for item in done] == ["compressed"] * 5 + ["refused"] + ["compressed"] * 3
-    assert done[5].message.startswith("Skipped: 'bad.txt': texts must be valid Unicode")
+    assert done[5].message.startswith("Skipped: 'bad.txt': text 0 must be valid Unicode")
     assert len(shard_keys(store.folder)) == 8
 
 

@@ -9,6 +9,7 @@ import random
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
 import threading
 import time
@@ -816,23 +817,28 @@ def test_a_store_alone_loads_no_torch() -> None:
     assert finish(start("store = SQLiteStore; shards = ShardStore; print('torch' in sys.modules)")) == "False\n"
 
 
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder that every user may look into, unlike pytest's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="file modes as POSIX has them")
-def test_a_sqlite_file_that_may_not_be_written_is_read(tmp_path) -> None:
+def test_a_sqlite_file_that_may_not_be_written_is_read(open_folder) -> None:
     """In an image, say. What it lacks cannot be added, and the error says so."""
-    with SQLiteStore(tmp_path / "memories.sqlite") as store:
+    path = open_folder / "memories.sqlite"
+    with SQLiteStore(path) as store:
         store.mset([("a", b"1")])
-    (tmp_path / "memories.sqlite").chmod(0o444)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o555)
+    path.chmod(0o444)
     own = os.geteuid()
     try:
         os.seteuid(own or 65534)  # root may write anything
-        with SQLiteStore(tmp_path / "memories.sqlite") as store:
+        with SQLiteStore(path) as store:
             assert store.mget(["a", "b"]) == [b"1", None]
             with pytest.raises(StoreError, match="must be readable and writable, got: .*readonly"):
                 store.mset([("b", b"2")])
             assert list(store.yield_keys()) == ["a"]
     finally:
         os.seteuid(own)
-        for folder in (tmp_path, *tmp_path.parents[:2]):
-            folder.chmod(0o755)
