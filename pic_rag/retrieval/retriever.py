@@ -137,7 +137,7 @@ class Retriever:
         return self._splitter.split(document)
 
     def search(self, query: str, top_k: int = 5) -> list[Hit]:
-        """Return the `top_k` best passages, or all when there are fewer, best first.
+        """Return the `top_k` best passages, or all when there are fewer, best first; equal texts count once.
 
         Raises:
             TypeError: `query` is not a string.
@@ -153,8 +153,17 @@ class Retriever:
             return []
         embedding = self._model.encode_query([query], **self._encode_options)
         with self._lock:
-            scores, rows = self._index.search(embedding, min(top_k, len(self._passages)))
-            return [Hit(self._passages[row], float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
+            wanted = top_k
+            while True:
+                wanted = min(wanted, len(self._passages))
+                scores, rows = self._index.search(embedding, wanted)
+                hits: dict[str, Hit] = {}
+                for row, score in sorted(zip(rows[0], scores[0], strict=True), key=lambda found: (-found[1], found[0])):
+                    passage = self._passages[row]
+                    hits.setdefault(passage.text, Hit(passage, float(score)))
+                if len(hits) >= top_k or wanted == len(self._passages):
+                    return list(hits.values())[:top_k]
+                wanted *= 2
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the retriever into a folder, which may hold other files; a killed process leaves the old state.

@@ -287,3 +287,12 @@ def test_what_is_no_text_is_an_error_that_says_so(retriever):
         retriever.search("Who \ud800?")
     with pytest.raises(ValueError, match="The text of document 'odd' must be valid Unicode, got .* at character 4"):
         retriever.add([Document("odd", "bad \ud800", "odd")])
+
+
+def test_a_text_that_was_added_from_many_sources_takes_one_place_among_the_hits(embedder):
+    retriever = Retriever(embedder)
+    copies = [Document.from_text(TEXTS["frogs.md"], source=f"copy-{number}.md") for number in range(9)]
+    retriever.add([*copies, Document.from_text(TEXTS["trams.md"], source="trams.md")])
+    query = "Where do frogs hide blood?"
+    assert [hit.passage.source for hit in retriever.search(query, 2)] == ["copy-0.md", "trams.md"]
+    assert [hit.passage.source for hit in retriever.search(query, 5)] == ["copy-0.md", "trams.md"]
