@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from pic_rag.compression.ladder import descend
 from pic_rag.handles import HANDLE_PATTERN
 from pic_rag.memory import AtRest, Memory, MemoryFormatError
-from pic_rag.store.protocol import MemoryStore
+from pic_rag.store.protocol import MemoryStore, check_store
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +84,7 @@ class MemoryCache:
         self, store: MemoryStore, fingerprint: str, *, namespace: str = "default", at_rest: AtRest = "bf16"
     ) -> None:
         """Touch nothing yet."""
+        check_store(store)
         if not fingerprint:
             raise ValueError("fingerprint must not be empty, got ''. Pass the compressor's fingerprint.")
         if not _NAMESPACE_PATTERN.fullmatch(namespace):

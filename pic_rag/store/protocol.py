@@ -43,6 +43,15 @@ class MemoryStore(Protocol):
         """Keys that start with the prefix, all keys without one."""
 
 
+def check_store(store: object) -> None:
+    """Raise ValueError when something given as a store is none, such as the path of one."""
+    if not isinstance(store, MemoryStore):
+        raise ValueError(
+            f"store must be a pic_rag.MemoryStore or a LangChain ByteStore, got {store!r}. "
+            "For a file pass pic_rag.SQLiteStore(path)."
+        )
+
+
 class StoreError(OSError):
     """A store on disk could not be read or written. The message names the path and the next step."""
 

@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from pic_rag.handles import HANDLE_PATTERN, UnknownHandleError, escape_handles, find_handles
-from pic_rag.store.protocol import MemoryStore
+from pic_rag.store.protocol import MemoryStore, check_store
 
 Messages = Sequence[Mapping[str, Any]]
 
@@ -63,6 +63,7 @@ class HandleSigner:
 
     def __init__(self, store: MemoryStore, namespace: str = "default") -> None:
         """Touch nothing yet."""
+        check_store(store)
         self.store = store
         self.namespace = namespace
 

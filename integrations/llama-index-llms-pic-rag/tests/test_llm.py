@@ -299,4 +299,4 @@ def test_no_message_is_an_error_that_says_so(llm):
 
 def test_a_path_is_no_store():
     with pytest.raises(ValueError, match=r"store must be .*, got 'x.sqlite'. For a file pass pic_rag.SQLiteStore"):
-        PICLLM(store="x.sqlite")
+        PICLLM(store="x.sqlite").complete("Who?")

@@ -279,6 +279,6 @@ def test_settings_survive_json_without_the_objects(compressor):
     assert (restored.ratio, restored.compressor, restored.store) == (8, None, None)
 
 
-def test_a_path_is_no_store():
+def test_a_path_is_no_store(tiny_compressor, nodes):
     with pytest.raises(ValueError, match=r"store must be .*, got 'x.sqlite'. For a file pass pic_rag.SQLiteStore"):
-        PICCompressor(store="x.sqlite")
+        PICCompressor(compressor=tiny_compressor, store="x.sqlite").postprocess_nodes(nodes)

@@ -18,7 +18,7 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     LLMMetadata,
 )
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, model_validator
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM, default_completion_to_prompt
 from llama_index.llms.pic_rag.responses import as_chat, as_messages, completion, completions
@@ -99,16 +99,6 @@ class PICLLM(LLM):
                 f"generate_kwargs, for every call: {', '.join(_SETTINGS)}."
             )
         return values
-
-    @field_validator("store")
-    @classmethod
-    def _check_store(cls, store: Any) -> Any:
-        if store is not None and not (hasattr(store, "mget") and hasattr(store, "mset")):
-            raise ValueError(
-                f"store must be a pic_rag.MemoryStore or a LangChain ByteStore, got {store!r}. "
-                "For a file pass pic_rag.SQLiteStore(path)."
-            )
-        return store
 
     @classmethod
     def class_name(cls) -> str:

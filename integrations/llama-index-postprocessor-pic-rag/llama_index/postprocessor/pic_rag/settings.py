@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from llama_index.core.bridge.pydantic import BaseModel, ConfigDict, Field, model_validator
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.schema import BaseNode, MetadataMode
 from llama_index.postprocessor.pic_rag.events import PICCompressEndEvent, PICCompressStartEvent
@@ -83,16 +83,6 @@ class CompressionSettings(BaseModel):
                 f"Unknown setting {min(unknown)!r}. {cls.__name__} has: {', '.join(sorted(cls.model_fields))}."
             )
         return values
-
-    @field_validator("store")
-    @classmethod
-    def _check_store(cls, store: Any) -> Any:
-        if store is not None and not (hasattr(store, "mget") and hasattr(store, "mset")):
-            raise ValueError(
-                f"store must be a pic_rag.MemoryStore or a LangChain ByteStore, got {store!r}. "
-                "For a file pass pic_rag.SQLiteStore(path)."
-            )
-        return store
 
     def get_compressor(self) -> Compressor:
         """The compressor: the one given, or one that all components with the same settings share."""
