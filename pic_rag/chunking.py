@@ -6,14 +6,18 @@ This room knows nothing of models or attention; it counts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 WINDOW_CHARACTERS = 50_000
-"""Characters tokenised at once, so that memory does not grow with the length of a text."""
+"""Characters of a text tokenised in one piece, so that memory does not grow with the length of a text."""
+
+_WINDOWS_AT_ONCE = 8  # full ones tokenised together
 
 _BREAK = re.compile(r"(?<=\S)\s(?=\S)")  # not inside a run of white space: tokenizers make one token of a run
 
@@ -56,8 +60,11 @@ def text_windows(text: str) -> Iterator[str]:
         start = stop
 
 
-def tokenize(text: str, tokenizer: Any, **options: Any) -> Any:  # noqa: ANN401 - any Hugging Face tokenizer
-    """The tokenizer's encoding of a document's text, in which "<|im_end|>" is text: it must not end a message."""
+def tokenize(text: str | list[str], tokenizer: Any, **options: Any) -> Any:  # noqa: ANN401 - any Hugging Face tokenizer
+    """The tokenizer's encoding of one document's text, or of several.
+
+    "<|im_end|>" in them is text: it must not end a message.
+    """
     return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False, **options)
 
 
@@ -67,17 +74,46 @@ def token_windows(text: str, tokenizer: Any) -> Iterator[np.ndarray]:  # noqa: A
         yield np.asarray(tokenize(window, tokenizer)["input_ids"], dtype=np.int64)
 
 
-def token_segments(text: str, tokenizer: Any, segment_tokens: int) -> Iterator[np.ndarray]:  # noqa: ANN401
-    """Token ids of a text in pieces of `segment_tokens`, the last one shorter. Empty text yields nothing."""
-    rest = np.empty(0, dtype=np.int64)
-    for window in token_windows(text, tokenizer):
-        rest = np.concatenate([rest, window])
-        whole = len(rest) // segment_tokens * segment_tokens
-        for start in range(0, whole, segment_tokens):
-            yield rest[start : start + segment_tokens]
-        rest = rest[whole:]
-    if len(rest):
-        yield rest
+def token_segments(
+    texts: Iterable[str],
+    tokenizer: Any,  # noqa: ANN401 - any Hugging Face tokenizer
+    segment_tokens: int,
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Token ids of texts in pieces of `segment_tokens`, each text's last one shorter, with the number of their text.
+
+    Empty texts yield nothing. Windows of several texts are tokenised together, which a tokenizer does on all cores.
+    """
+    for number, windows in groupby(_tokenized(texts, tokenizer), key=itemgetter(0)):
+        rest = np.empty(0, dtype=np.int64)
+        for _, window in windows:
+            rest = np.concatenate([rest, window])
+            whole = len(rest) // segment_tokens * segment_tokens
+            for start in range(0, whole, segment_tokens):
+                yield number, rest[start : start + segment_tokens]
+            rest = rest[whole:]
+        if len(rest):
+            yield number, rest
+
+
+def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[tuple[int, np.ndarray]]:  # noqa: ANN401
+    """Token ids of every window of texts, with the number of its text."""
+    windows = ((number, window) for number, text in enumerate(texts) for window in text_windows(text))
+    for run in _runs(windows, _WINDOWS_AT_ONCE * WINDOW_CHARACTERS):
+        encoded = tokenize([window for _, window in run], tokenizer)["input_ids"]
+        for (number, _), token_ids in zip(run, encoded, strict=True):
+            yield number, np.asarray(token_ids, dtype=np.int64)
+
+
+def _runs(windows: Iterable[tuple[int, str]], characters: int) -> Iterator[list[tuple[int, str]]]:
+    """Neighbouring windows of so many characters together at most."""
+    run: list[tuple[int, str]] = []
+    for number, window in windows:
+        if run and sum(len(other) for _, other in run) + len(window) > characters:
+            yield run
+            run = []
+        run.append((number, window))
+    if run:
+        yield run
 
 
 def place_slots(token_ids: np.ndarray, ratio: int, slots_per_chunk: int) -> Segment:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -239,10 +238,10 @@ def _allowed(places: Places, config: PicConfig) -> np.ndarray:
 def _first_segment(
     text: str, tokenizer: PreTrainedTokenizerBase, config: PicConfig, ratio: int, max_tokens: int | None
 ) -> Segment:
-    token_ids = next(islice(token_segments(text, tokenizer, config.segment_tokens), 1), None)
-    if token_ids is None:
+    first = next(token_segments([text], tokenizer, config.segment_tokens), None)
+    if first is None:
         raise ValueError(f"text must hold at least one token, got {text!r}.")
-    return place_slots(token_ids[:max_tokens], ratio, config.slots_per_chunk)
+    return place_slots(first[1][:max_tokens], ratio, config.slots_per_chunk)
 
 
 def _token_labels(segment: Segment, tokenizer: PreTrainedTokenizerBase) -> list[str]:

@@ -49,7 +49,7 @@ def test_segments_of_a_long_text_are_those_of_tokenising_it_whole(tiny_tokenizer
     monkeypatch.setattr(chunking, "WINDOW_CHARACTERS", 500)
     text = PROSE * 60
     whole = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
-    segments = list(token_segments(text, tiny_tokenizer, 64))
+    segments = [ids for _, ids in token_segments([text], tiny_tokenizer, 64)]
     assert np.concatenate(segments).tolist() == whole
     assert {len(segment) for segment in segments[:-1]} == {64}
 
@@ -59,12 +59,12 @@ def test_windows_break_between_words_and_never_inside_a_run_of_white_space(tiny_
     seen = []
 
     class Recording:
-        def __call__(self, text, **kwargs):
-            seen.append(text)
-            return tiny_tokenizer(text, **kwargs)
+        def __call__(self, texts, **kwargs):
+            seen.extend(texts)
+            return tiny_tokenizer(texts, **kwargs)
 
     text = "word  \n\n  next " * 300
-    list(token_segments(text, Recording(), 64))
+    list(token_segments([text], Recording(), 64))
     assert "".join(seen) == text
     assert len(seen) > 10
     for before, after in zip(seen, seen[1:], strict=False):
@@ -76,17 +76,27 @@ def test_windows_break_between_words_and_never_inside_a_run_of_white_space(tiny_
 @pytest.mark.parametrize("text", ["x" * 3000, "語" * 3000, " " * 3000], ids=["one word", "no spaces", "only spaces"])
 def test_a_text_without_a_place_to_break_still_passes_whole(text, tiny_tokenizer, monkeypatch):
     monkeypatch.setattr(chunking, "WINDOW_CHARACTERS", 500)
-    segments = list(token_segments(text, tiny_tokenizer, 64))
+    segments = [ids for _, ids in token_segments([text], tiny_tokenizer, 64)]
     assert tiny_tokenizer.decode(np.concatenate(segments)) == text
 
 
 def test_empty_text_has_no_segment(tiny_tokenizer):
-    assert list(token_segments("", tiny_tokenizer, 64)) == []
+    assert list(token_segments(["", ""], tiny_tokenizer, 64)) == []
+
+
+def test_texts_tokenised_together_are_cut_as_if_alone(tiny_tokenizer, monkeypatch):
+    monkeypatch.setattr(chunking, "WINDOW_CHARACTERS", 500)
+    texts = ["one", "", PROSE * 60, "two words", "x" * 64]
+    together = list(token_segments(texts, tiny_tokenizer, 64))
+    alone = [
+        (number, ids) for number, text in enumerate(texts) for _, ids in token_segments([text], tiny_tokenizer, 64)
+    ]
+    assert [(number, ids.tolist()) for number, ids in together] == [(number, ids.tolist()) for number, ids in alone]
 
 
 def _peak_bytes(text, tokenizer):
     tracemalloc.start()
-    for segment in token_segments(text, tokenizer, 512):
+    for _, segment in token_segments([text], tokenizer, 512):
         assert len(segment)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -94,7 +104,8 @@ def _peak_bytes(text, tokenizer):
 
 
 def test_memory_does_not_grow_with_the_length(tiny_tokenizer, monkeypatch):
-    monkeypatch.setattr(chunking, "WINDOW_CHARACTERS", 5_000)
+    monkeypatch.setattr(chunking, "WINDOW_CHARACTERS", 2_500)
+    monkeypatch.setattr(chunking, "_WINDOWS_AT_ONCE", 2)
     text = PROSE * 200
     _peak_bytes(text, tiny_tokenizer)
     short, long = _peak_bytes(text, tiny_tokenizer), _peak_bytes(text * 10, tiny_tokenizer)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pic_rag.benchmark.measure import matrix_rate, seconds
 from pic_rag.benchmark.workload import Workload
-from pic_rag.compression.compressor import BATCH_SIZE, Compressor
+from pic_rag.compression.compressor import Compressor
 from pic_rag.layout import Layout
 
 _MIXED_TOKENS = (37, 61, 128, 190, 350, 511, 700, 1500)  # documents of a corpus of mixed lengths
@@ -94,7 +94,7 @@ def measure_compression(
 def _floor(compressor: Compressor, text_tokens: int) -> None:
     segment = compressor.config.segment_tokens
     ids = torch.arange(text_tokens).view(-1, segment) % len(compressor.encoder.token_embedding_weight)
-    for rows in ids.split(BATCH_SIZE):
+    for rows in ids.split(compressor.batch_size):
         compressor.encoder.decoder(input_ids=rows.to(compressor.device), use_cache=False)
 
 

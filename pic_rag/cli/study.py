@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pic_rag.cli.console import calm_libraries, say
-from pic_rag.cli.options import Commands, add_command, minutes, progress, show_bars
+from pic_rag.cli.options import Commands, add_command, minutes, names, progress, show_bars
 from pic_rag.study.config import CONFIGS, StudyConfig
 
 
@@ -27,6 +27,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FOLDER", help="folder of the study (default: runs/ and the study's name)"
     )
+    parser.add_argument(
+        "--arms", type=names, metavar="A,B", help="train only these; a GPU has room for several commands side by side"
+    )
     parser.add_argument("--minutes", type=minutes, metavar="M", help="stop after M minutes, to be resumed later")
     parser.set_defaults(run=run)
 
@@ -40,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         folder = args.out or Path("runs", Path(args.config).stem)
         study = StudyConfig.load(args.config)
         calm_libraries(bars=show_bars(args))
-        if not run_study(study, folder, minutes=args.minutes, progress=progress(args)):
+        if not run_study(study, folder, arms=args.arms, minutes=args.minutes, progress=progress(args)):
             say("the study is not finished: run the same command again to resume it")
     from pic_rag.study.report import write_report
 

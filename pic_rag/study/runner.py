@@ -27,7 +27,12 @@ logger = logging.getLogger(__name__)
 
 
 def run_study(
-    study: StudyConfig, folder: str | Path, *, minutes: float | None = None, progress: bool | None = None
+    study: StudyConfig,
+    folder: str | Path,
+    *,
+    arms: Sequence[str] | None = None,
+    minutes: float | None = None,
+    progress: bool | None = None,
 ) -> bool:
     """Train and measure every arm with every seed, one after the other, in this process.
 
@@ -35,17 +40,23 @@ def run_study(
         study: what is compared.
         folder: receives `study.yaml` and `metrics/`, which are small; and `runs/`, which is large and ignored by git.
             Finished runs found there are skipped, others are resumed.
+        arms: only these, for other processes may train others in the same folder; None: all.
         minutes: stop after that long; calling again goes on.
         progress: False hides the bars; None shows them on a terminal.
 
     Returns:
-        Whether every run is finished.
+        Whether every run of these arms is finished.
 
     Raises:
-        ValueError: when a run in `folder` was made with another configuration, or a ratio is not served by an arm.
+        ValueError: when an arm is none of the study's, a run in `folder` was made with another configuration, or a
+            ratio is not served by an arm.
     """
     folder = Path(folder)
-    configs = {(arm, seed): study.training(arm, seed, folder) for arm, seed in study.runs}
+    for arm in arms or ():
+        if arm not in study.arms:
+            raise ValueError(f"arms must be some of {', '.join(study.arms)}, got {arm!r}.")
+    runs = [(arm, seed) for arm, seed in study.runs if arms is None or arm in arms]
+    configs = {(arm, seed): study.training(arm, seed, folder) for arm, seed in runs}
     questions = _questions(study.measured)
     _prepare(folder, study)
     stop = None if minutes is None else time.monotonic() + 60 * minutes
@@ -58,12 +69,14 @@ def run_study(
         _check_same(path, head)
         if not read_run(path).finished:
             logger.info("study: arm %s, seed %d", arm, seed)
-            _train(study.measured, questions, config, path, head, left, progress)
-    return all(read_run(metrics_path(folder, arm, seed)).finished for arm, seed in study.runs)
+            bounds = study.measured.bounds if arm == next(iter(study.arms)) else ()  # once, also beside other processes
+            _train(study.measured, bounds, questions, config, path, head, left, progress)
+    return all(read_run(metrics_path(folder, arm, seed)).finished for arm, seed in runs)
 
 
 def _train(
     measured: Measured,
+    bounds: Sequence[str],
     questions: Sequence[Question],
     config: TrainConfig,
     path: Path,
@@ -75,12 +88,12 @@ def _train(
     torch.compiler.reset()  # arms differ in depth: what was compiled for the last one is of no use
     trainer = Trainer(config, Accelerator())
     begin_lines(path, head, trainer.step)
-    bounds = path.with_name(BOUNDS_FILE)
-    if measured.bounds and not bounds.exists():
+    bounds_path = path.with_name(BOUNDS_FILE)
+    if bounds and not bounds_path.exists():
         compressor = trainer.out / COMPRESSOR_FOLDER
         trainer.export(compressor)
-        rows = answers(measured, questions, measured.bounds, compressor, trainer, progress)
-        bounds.write_text("".join(json.dumps(answer_line(row)) + "\n" for row in rows), encoding="utf-8")
+        rows = answers(measured, questions, bounds, compressor, trainer, progress)
+        bounds_path.write_text("".join(json.dumps(answer_line(row)) + "\n" for row in rows), encoding="utf-8")
     watch = Watch(measured, questions, trainer, path, progress)
     if not trainer.step:
         watch(trainer)
