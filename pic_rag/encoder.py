@@ -113,6 +113,11 @@ class PicEncoder(nn.Module):
         return memory.to(text.dtype)
 
     @property
+    def attn_implementation(self) -> str:
+        """What computes its attention: "sdpa", "eager" or "flex_attention"."""
+        return str(self.decoder.config._attn_implementation)
+
+    @property
     def token_embedding_weight(self) -> torch.Tensor:
         """`(vocabulary, encoder_hidden)`: its dtype and device are those the encoder computes in."""
         return cast("torch.Tensor", self.decoder.get_input_embeddings().weight)
@@ -145,11 +150,12 @@ class PicEncoder(nn.Module):
 
     def _mask(self, layout: Layout, dtype: torch.dtype) -> object:
         scopes = {"text_scope": self.config.text_scope, "memory_scope": self.config.memory_scope}
-        implementation = self.decoder.config._attn_implementation
-        if implementation == "flex_attention":
+        if self.attn_implementation == "flex_attention":
             return flex_mask(layout.places, **scopes)
-        if implementation not in ("sdpa", "eager"):
-            raise ValueError(f"attn_implementation must be sdpa, eager or flex_attention, got {implementation!r}.")
+        if self.attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(
+                f"attn_implementation must be sdpa, eager or flex_attention, got {self.attn_implementation!r}."
+            )
         return dense_mask(layout.places, dtype, **scopes)
 
     def _slot_row(self, embeddings: nn.Module) -> torch.Tensor:

@@ -302,3 +302,20 @@ def test_a_suite_that_cannot_be_is_refused(settings: dict, message: str) -> None
 def test_a_ratio_that_the_compressor_does_not_serve_is_refused_before_anything_is_measured(systems: Systems) -> None:
     with pytest.raises(ValueError, match="ratio must be one of 4, 8 "):
         benchmark(systems, replace(SMALL, ratios=(5,)))
+
+
+def test_a_run_that_is_out_of_time_says_what_it_left_out(systems: Systems) -> None:
+    report = benchmark(systems, SMALL, minutes=1e-9, progress=False)
+    assert {row.skipped for row in report.rows} == {"there was no time left"}
+    assert len(report.rows) == len(list(plan(SMALL)))
+    assert report.compression.floor_s > 0
+    assert "there was no time left" in report.to_markdown()
+
+
+def test_repetitions_stop_when_the_time_is_over(systems: Systems, monkeypatch) -> None:
+    clock = iter(range(10_000))
+    monkeypatch.setattr("pic_rag.benchmark.runner.time.monotonic", lambda: next(clock))
+    suite = replace(SMALL, contexts=(128,), ratios=(4,), batch_sizes=(1,), systems=("text", "truncate"), repeats=50)
+    report = benchmark(systems, suite, minutes=0.15, progress=False)
+    assert 1 <= min(row.repeats for row in report.rows) <= max(row.repeats for row in report.rows) < 50
+    assert not any(row.skipped for row in report.rows)

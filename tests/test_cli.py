@@ -32,7 +32,7 @@ TEXTS = {
     "bread.md": "The starter is fed every morning with flour and water.",
 }
 QUESTION = "Where do frogs hide blood?"
-COMMANDS = ("fetch", "demo", "ask", "compress", "inspect", "train", "eval", "bench", "report", "study")
+COMMANDS = ("fetch", "demo", "ask", "compress", "inspect", "train", "average", "eval", "bench", "report", "study")
 HEAVY = ("torch", "transformers", "numpy", "faiss", "sentence_transformers", "matplotlib")
 
 

@@ -101,6 +101,16 @@ def test_a_finished_study_is_not_trained_again(folder, smoke, monkeypatch) -> No
     }
 
 
+def test_arms_trained_by_different_processes_make_one_study(folder, smoke, tmp_path) -> None:
+    assert run_study(smoke, tmp_path, arms=["global"], progress=False)
+    assert [file.name for file in sorted((tmp_path / "metrics").iterdir())] == ["global-0.jsonl"]
+    assert run_study(smoke, tmp_path, arms=["pic"], progress=False)
+    assert measured(tmp_path) == measured(folder)
+    assert (tmp_path / "study.yaml").read_text() == (folder / "study.yaml").read_text()
+    with pytest.raises(ValueError, match="arms must be some of pic, global, got 'locl'"):
+        run_study(smoke, tmp_path, arms=["locl"])
+
+
 @pytest.fixture
 def half_done(folder, tmp_path) -> Path:
     """A folder in which the first arm is finished and the second has not begun."""

@@ -27,12 +27,13 @@ from pic_rag.questions import Question
 SPLICE_RATIO = 16
 
 
-def benchmark(systems: Systems, suite: Suite, *, progress: bool | None = None) -> Report:
+def benchmark(systems: Systems, suite: Suite, *, minutes: float | None = None, progress: bool | None = None) -> Report:
     """Measure everything that a suite names.
 
     Args:
         systems: over the compressor and its generator, on the device to be measured.
         suite: what to measure, and how often.
+        minutes: begin no case after that long; the report says what was left out. None: there is time for all.
         progress: True shows a bar, False none; None shows one on a terminal once it takes over a second.
 
     Raises:
@@ -40,10 +41,13 @@ def benchmark(systems: Systems, suite: Suite, *, progress: bool | None = None) -
     """
     for ratio in suite.ratios:
         systems.compressor.config.check_ratio(ratio)
+    stop = math.inf if minutes is None else time.monotonic() + 60 * minutes
     workload = Workload(Shortener(systems.plain.tokenizer))
     load = load_average()
     cases = list(plan(suite))
-    repetitions = _repeat(Runner(systems, suite.new_tokens), suite, cases, workload, progress)
+    compression = measure_compression(systems.compressor, workload, suite.ratios, suite.compress_tokens, suite.repeats)
+    splice = measure_splice(systems, workload, SPLICE_RATIO if SPLICE_RATIO in suite.ratios else suite.ratios[0])
+    repetitions = _repeat(Runner(systems, suite.new_tokens), suite, cases, workload, stop, progress)
     model = systems.plain.model
     device = torch.device(model.device)
     rows = list(make_rows(repetitions, cases, new_tokens=suite.new_tokens, kv_bytes=kv_bytes(model)))
@@ -57,10 +61,8 @@ def benchmark(systems: Systems, suite: Suite, *, progress: bool | None = None) -
     }
     return Report(
         rows=rows,
-        compression=measure_compression(
-            systems.compressor, workload, suite.ratios, suite.compress_tokens, suite.repeats
-        ),
-        splice=measure_splice(systems, workload, SPLICE_RATIO if SPLICE_RATIO in suite.ratios else suite.ratios[0]),
+        compression=compression,
+        splice=splice,
         config=config,
         hardware={**hardware(device), "load_before": load, "load_after": load_average()},
         versions={**versions(), **_lingua_versions(systems, suite)},
@@ -87,9 +89,9 @@ def _lingua_versions(systems: Systems, suite: Suite) -> dict[str, str]:
 
 
 def _repeat(
-    runner: Runner, suite: Suite, cases: list[Case], workload: Workload, progress: bool | None
+    runner: Runner, suite: Suite, cases: list[Case], workload: Workload, stop: float, progress: bool | None
 ) -> list[Repetition]:
-    """Measure all cases, again and again; those that cannot be answered, or take long, once."""
+    """Measure all cases, again and again until `stop`; those that cannot be answered, or take long, once."""
     again = set(cases)
     repetitions = []
     with tqdm(total=len(cases) * suite.repeats, desc="bench", unit="case", delay=1.0,
@@ -98,10 +100,12 @@ def _repeat(
         for _ in range(suite.repeats):
             samples: dict[Case, list[Sample]] = {}
             for size, group in groupby(cases, key=_size):
-                questions = _questions(suite, workload, *size)
+                questions = _questions(suite, workload, *size) if time.monotonic() < stop else []
                 for case in group:
                     bar.set_postfix_str(f"{case.system} {case.context_tokens} x {case.batch_size}")
-                    if case in again:
+                    if time.monotonic() >= stop:
+                        samples[case] = [] if repetitions else [Sample(None, 0.0, skipped="there was no time left")]
+                    elif case in again:
                         begin = time.perf_counter()
                         samples[case] = _measure(runner, suite, case, questions)
                         if time.perf_counter() - begin > suite.patience_s or _is_missing(samples[case]):

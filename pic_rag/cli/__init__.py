@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 
 import pic_rag
-from pic_rag.cli import ask, bench, compress, demo, evaluate, fetch, inspect, report, serve, study, train
+from pic_rag.cli import ask, average, bench, compress, demo, evaluate, fetch, inspect, report, serve, study, train
 from pic_rag.cli.console import error_line, say, shown_warnings
 
 OK, FAILED, INTERRUPTED = 0, 1, 130  # argparse leaves with 2 for wrong usage
@@ -61,6 +61,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"pic-rag {pic_rag.__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (fetch, demo, ask, compress, inspect, train, evaluate, bench, report, study, serve):
+    for command in (fetch, demo, ask, compress, inspect, train, average, evaluate, bench, report, study, serve):
         command.add_parser(commands)
     return parser

@@ -7,7 +7,16 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from pic_rag.benchmark.suite import SUITES, SYSTEMS, Suite
-from pic_rag.cli.options import Commands, add_command, add_model_options, load_compressor, names, positive, progress
+from pic_rag.cli.options import (
+    Commands,
+    add_command,
+    add_model_options,
+    load_compressor,
+    minutes,
+    names,
+    positive,
+    progress,
+)
 
 
 def add_parser(commands: Commands) -> None:
@@ -22,6 +31,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--suite", choices=sorted(SUITES), help="what is measured (default: by the device)")
     parser.add_argument("--out", type=Path, default=Path("bench"), metavar="FOLDER", help="of the report (bench)")
+    parser.add_argument("--minutes", type=minutes, metavar="M", help="begin nothing more after M minutes")
     grid = parser.add_argument_group("in place of what the suite says")
     for name in ("contexts", "ratios", "batch_sizes"):
         grid.add_argument(_option(name), type=_numbers, metavar="N,M", help=_help(name))
@@ -51,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     )
     given = {field.name: value for field in fields(Suite) if (value := getattr(args, field.name)) is not None}
     suite = SUITES[args.suite or ("gpu" if compressor.device.type == "cuda" else "cpu")]
-    report = benchmark(systems, replace(suite, **given), progress=progress(args))
+    report = benchmark(systems, replace(suite, **given), minutes=args.minutes, progress=progress(args))
     print(report.to_markdown(), end="")
     report.save(args.out)
     return 0

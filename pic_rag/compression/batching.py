@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _MOST_WASTE = 0.05  # share of a batch's places that may hold nothing
 _ROW_STEP = 16  # rows that are a multiple of it: at other lengths attention takes up to half as long again
+_FLEX_ROW_STEP = 128  # places of a FlexAttention block: on a GPU it has no kernel for shorter rows
 
 
 @dataclass(eq=False)
@@ -128,7 +129,10 @@ class Batcher:
     def _forward(self, segments: Sequence[Segment]) -> list[torch.Tensor]:
         lengths = [segment.places for segment in segments]
         row_places, spots = narrow_rows(lengths, self._full_row(segments), sys.maxsize)
-        row_step = _ROW_STEP if _waste(lengths, spots, _ROW_STEP) <= _MOST_WASTE else 1
+        if self.encoder.attn_implementation == "flex_attention":
+            row_step = _FLEX_ROW_STEP
+        else:
+            row_step = _ROW_STEP if _waste(lengths, spots, _ROW_STEP) <= _MOST_WASTE else 1
         positions = self.encoder.config.positions
         layout = build_layout(segments, positions=positions, row_places=row_places, row_step=row_step)
         memories = self.encoder(layout.to(self.encoder.token_embedding_weight.device)).cpu()

@@ -67,6 +67,21 @@ def test_long_rows_have_a_length_that_attention_is_fast_at(tiny_model, tiny_toke
     assert (longest % 16, layouts[0].token_ids.shape[1]) == (longest - 528, 544)
 
 
+@pytest.mark.parametrize("letters", [20, 700])
+def test_rows_of_flex_attention_are_whole_blocks(letters, tiny_tokenizer, tmp_path, tiny_model):
+    tiny_model.save_pretrained(tmp_path)
+    tiny_tokenizer.save_pretrained(tmp_path)
+    config = PicConfig(segment_tokens=512, lora_rank=0)
+    dense, flex = (
+        Compressor.from_base(tmp_path, config=config, device="cpu", dtype="float32", attn_implementation=kind)
+        for kind in ("sdpa", "flex_attention")
+    )
+    layouts = _watch(flex)
+    [memory], [expected] = flex.compress(["a" * letters]), dense.compress(["a" * letters])
+    assert {layout.token_ids.shape[1] % 128 for layout in layouts} == {0}
+    torch.testing.assert_close(memory.embeddings, expected.embeddings, rtol=1e-4, atol=1e-4)
+
+
 def test_a_batch_never_takes_more_places_than_it_is_allowed(tiny_model, tiny_tokenizer):
     compressor = _compressor(tiny_model, tiny_tokenizer)
     layouts = _watch(compressor)

@@ -1,0 +1,80 @@
+"""The mean of compressors of one run: what a decaying learning rate would have settled on, without the training.
+
+Weights of one run's checkpoints, or of runs that began with the same one, may be averaged (Izmailov et al.,
+arXiv 1803.05407; Wortsman et al., arXiv 2203.05482); those of runs that began elsewhere may not.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from pic_rag.models.backbone import ModelRef, reader_id
+from pic_rag.models.checkpoint import READER_FOLDER, Checkpoint
+
+_READER_WEIGHTS = "adapter_model.safetensors"
+
+
+def average(compressors: Sequence[str | Path], out: str | Path) -> Path:
+    """Write the mean of compressors, each counted alike, reader included.
+
+    Args:
+        compressors: folders or hub ids, two or more, of the same base model and settings.
+        out: folder of the mean.
+
+    Returns:
+        `out`.
+
+    Raises:
+        FileNotFoundError: when there is no such compressor.
+        ValueError: when there are fewer than two, or they differ in more than the values of their weights.
+    """
+    if len(compressors) < 2:
+        raise ValueError(f"compressors must be two or more to be averaged, got {len(compressors)}.")
+    parts = [Checkpoint.load(name) for name in compressors]
+    first = parts[0]
+    for name, part in zip(compressors, parts, strict=True):
+        for field in ("config", "base"):
+            expected, got = getattr(first, field), getattr(part, field)
+            if got != expected:
+                raise ValueError(
+                    f"compressors must have the same {field} to be averaged: {str(compressors[0])!r} has {expected}, "
+                    f"got {got} in {str(name)!r}. Average checkpoints of one run."
+                )
+    readers = [part.reader for part in parts if part.reader is not None]
+    if readers and len(readers) < len(parts):
+        raise ValueError(
+            f"compressors must all have a reader or none to be averaged, got {len(readers)} of {len(parts)} that do."
+        )
+    weights = _mean([part.weights for part in parts])
+    with tempfile.TemporaryDirectory() as staging:
+        reader, generator = None, first.generator
+        if readers:
+            reader = Path(staging, READER_FOLDER)
+            shutil.copytree(readers[0], reader, copy_function=shutil.copyfile)
+            merged = _mean([load_file(folder / _READER_WEIGHTS) for folder in readers])
+            save_file(merged, reader / _READER_WEIGHTS, metadata={"format": "pt"})
+            generator = ModelRef(generator.name, reader_id(generator.id.partition("+")[0], reader))
+        Checkpoint(first.config, first.base, generator, weights, reader).save(out)
+    return Path(out)
+
+
+def _mean(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """The mean of tensors of the same name, computed in float32 and in the dtype of the first."""
+    shapes = [{name: tuple(tensor.shape) for name, tensor in part.items()} for part in parts]
+    for shape in shapes[1:]:
+        for name in sorted(shape.keys() | shapes[0].keys()):
+            if shape.get(name) != shapes[0].get(name):
+                raise ValueError(
+                    f"compressors must have tensors of the same shapes to be averaged, got {shapes[0].get(name)} and "
+                    f"{shape.get(name)} for {name!r}. Average checkpoints of one run."
+                )
+    return {
+        name: torch.stack([part[name].float() for part in parts]).mean(0).to(tensor.dtype)
+        for name, tensor in parts[0].items()
+    }

@@ -1,0 +1,79 @@
+"""The mean of checkpoints: every tensor, reader included, and only of what may be averaged."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+
+from pic_rag.cli import main
+from pic_rag.compression.compressor import Compressor
+from pic_rag.config import PicConfig
+from pic_rag.generation.generator import Generator
+from pic_rag.models.backbone import ModelRef, reader_id
+from pic_rag.models.checkpoint import Checkpoint
+from pic_rag.training.averaging import average
+
+SETTINGS = {"segment_tokens": 64, "ratios": (4, 8), "lora_rank": 2, "encoder_layers": 2}
+
+
+@pytest.fixture
+def make(tiny_model, tiny_tokenizer, tmp_path):
+    """Writes a compressor with random weights, and with a random reader if it is wanted."""
+    tiny_model.save_pretrained(tmp_path / "base")
+    tiny_tokenizer.save_pretrained(tmp_path / "base")
+
+    def write(name, seed, reader_rank=0, **settings):
+        made = Compressor.from_base(tmp_path / "base", config=PicConfig(**{**SETTINGS, **settings}), device="cpu")
+        torch.manual_seed(seed)
+        weights = {
+            key: torch.randn_like(tensor, dtype=torch.float32) for key, tensor in made.checkpoint.weights.items()
+        }
+        reader, generator = None, made.generator
+        if reader_rank:
+            lora = LoraConfig(r=reader_rank, target_modules=["q_proj"], init_lora_weights=False)
+            reader = tmp_path / f"{name}-reader"
+            get_peft_model(copy.deepcopy(tiny_model), lora).save_pretrained(reader)
+            generator = ModelRef(generator.name, reader_id(generator.id, reader))
+        Checkpoint(made.config, made.checkpoint.base, generator, weights, reader).save(tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+def test_every_tensor_is_the_mean_and_the_compressor_works(make, tmp_path, capsys):
+    parts = [make(name, seed, reader_rank=3) for seed, name in enumerate("abc")]
+    assert main(["average", *map(str, parts), "--out", str(tmp_path / "mean")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "mean")
+    for file in ("compressor.safetensors", "reader/adapter_model.safetensors"):
+        tensors = [load_file(part / file) for part in parts]
+        for name, tensor in load_file(tmp_path / "mean" / file).items():
+            torch.testing.assert_close(tensor, torch.stack([own[name] for own in tensors]).mean(0))
+    compressor = Compressor.from_pretrained(tmp_path / "mean", device="cpu")
+    assert compressor.fingerprint not in {Checkpoint.load(part).fingerprint for part in parts}
+    generator = Generator.from_checkpoint(compressor.checkpoint, device="cpu")
+    memories = compressor.compress(["The bell rang at noon."])
+    assert generator.generate(memories[0].handle, memories, max_new_tokens=2)[0].memory_tokens > 0
+
+
+def test_what_is_no_checkpoint_of_one_run_is_refused_and_nothing_written(make, tmp_path):
+    one, read = make("one", 0), make("read", 1, reader_rank=3)
+    refused = [
+        ([one], "compressors must be two or more to be averaged, got 1"),
+        ([one, make("ratios", 1, ratios=(4,))], "must have the same config"),
+        ([one, read], "must all have a reader or none .* got 1 of 2"),
+        ([read, make("rank", 2, reader_rank=2)], r"same shapes to be averaged, got \(3, 64\) and \(2, 64\)"),
+    ]
+    for compressors, message in refused:
+        with pytest.raises(ValueError, match=message):
+            average(compressors, tmp_path / "mean")
+    other = json.loads((one / "config.json").read_text())
+    other["base"]["id"] = "another@0123456789abcdef"
+    (one / "config.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="must have the same base .*another@0123456789abcdef"):
+        average([make("two", 1), one], tmp_path / "mean")
+    assert not (tmp_path / "mean").exists()
