@@ -292,6 +292,7 @@ def test_a_finished_run_may_be_read_as_what_it_was(data, tmp_path):
     assert config.ending_at(20).steps == 20
 
 
+@pytest.mark.slow
 def test_compiled_layers_learn_what_plain_ones_do(data, tmp_path):
     fields = {"steps": 3, "tasks": {"reconstruct": 1}, "rows": [2, 2, 2], "row_places": 256}
     train(_config(data, tmp_path / "plain", **fields), progress=False)
