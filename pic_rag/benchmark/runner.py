@@ -93,7 +93,7 @@ def _repeat(
 ) -> list[Repetition]:
     """Measure all cases, again and again until `stop`; those that cannot be answered, or take long, once."""
     again = set(cases)
-    repetitions = []
+    repetitions: list[Repetition] = []
     with tqdm(total=len(cases) * suite.repeats, desc="bench", unit="case", delay=1.0,
               disable=None if progress is None else not progress) as bar:  # fmt: skip
         _warm_up(runner, suite, cases, workload)

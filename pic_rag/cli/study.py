@@ -28,7 +28,7 @@ def add_parser(commands: Commands) -> None:
         "--out", type=Path, metavar="FOLDER", help="folder of the study (default: runs/ and the study's name)"
     )
     parser.add_argument(
-        "--arms", type=names, metavar="A,B", help="train only these; a GPU has room for several commands side by side"
+        "--arms", type=names, metavar="A,B", help="train only these, and leave others to other machines"
     )
     parser.add_argument("--minutes", type=minutes, metavar="M", help="stop after M minutes, to be resumed later")
     parser.set_defaults(run=run)
