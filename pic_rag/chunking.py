@@ -79,9 +79,10 @@ def token_segments(
     tokenizer: Any,  # noqa: ANN401 - any Hugging Face tokenizer
     segment_tokens: int,
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Token ids of texts in pieces of `segment_tokens`, each text's last one shorter, with the number of their text.
+    """Token ids of texts, `(tokens,)` int64, in pieces of `segment_tokens`, with the number of their text.
 
-    Empty texts yield nothing. Windows of several texts are tokenised together, which a tokenizer does on all cores.
+    Each text's last piece may be shorter. Empty texts yield nothing. Windows of several texts are tokenised together,
+    which a tokenizer does on all cores.
     """
     for number, windows in groupby(_tokenized(texts, tokenizer), key=itemgetter(0)):
         rest = np.empty(0, dtype=np.int64)
@@ -105,13 +106,16 @@ def _tokenized(texts: Iterable[str], tokenizer: Any) -> Iterator[tuple[int, np.n
 
 
 def _runs(windows: Iterable[tuple[int, str]], characters: int) -> Iterator[list[tuple[int, str]]]:
-    """Neighbouring windows of so many characters together at most."""
+    """Neighbouring numbered windows of so many characters together at most."""
     run: list[tuple[int, str]] = []
-    for number, window in windows:
-        if run and sum(len(other) for _, other in run) + len(window) > characters:
+    gathered = 0
+    for numbered in windows:
+        length = len(numbered[1])
+        if run and gathered + length > characters:
             yield run
-            run = []
-        run.append((number, window))
+            run, gathered = [], 0
+        run.append(numbered)
+        gathered += length
     if run:
         yield run
 

@@ -71,9 +71,11 @@ def test_what_is_no_checkpoint_of_one_run_is_refused_and_nothing_written(make, t
     for compressors, message in refused:
         with pytest.raises(ValueError, match=message):
             average(compressors, tmp_path / "mean")
-    other = json.loads((one / "config.json").read_text())
-    other["base"]["id"] = "another@0123456789abcdef"
-    (one / "config.json").write_text(json.dumps(other))
-    with pytest.raises(ValueError, match="must have the same base .*another@0123456789abcdef"):
-        average([make("two", 1), one], tmp_path / "mean")
+    for model in ("base", "generator"):
+        one = make("one", 0)
+        other = json.loads((one / "config.json").read_text())
+        other[model]["id"] = "another@0123456789abcdef"
+        (one / "config.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=f"must have the same {model} .*another@0123456789abcdef"):
+            average([make("two", 1), one], tmp_path / "mean")
     assert not (tmp_path / "mean").exists()

@@ -136,17 +136,7 @@ def evaluate_fidelity(
         raise ValueError("questions must hold at least one question, got none.")
     texts = list(dict.fromkeys(context.document for question in questions for context in question.contexts))
     ladder = (*sorted({compressor.config.check_ratio(ratio) for ratio in ratios}, reverse=True), RAW_TEXT)
-    check = FidelityCheck(generator, compressor.config.segment_tokens)
-    single: dict[int, Pick] = {}
-    measured: dict[str, Fidelity] = {}
-    for ratio in ladder[:-1]:
-        memories = compressor.compress(texts, ratio)
-        found = check.measure(texts, memories)
-        measured.update(zip((memory.handle for memory in memories), found, strict=True))
-        scored = [replace(memory, fidelity=own.score) for memory, own in zip(memories, found, strict=True)]
-        single[ratio] = dict(zip(texts, scored, strict=True))
-    raw = compressor.compress(texts, RAW_TEXT, min_fidelity=1.0, generator=generator)
-    single[RAW_TEXT] = dict(zip(texts, raw, strict=True))
+    single, measured = _compress_at_each(texts, ladder[:-1], compressor, generator)
     mixed: dict[float, Pick] = {}
     for floor in floors:
         chosen = descend(
@@ -174,6 +164,24 @@ def evaluate_fidelity(
     }
     of_parts = {name: _auroc(trials) for name, trials in parts.items()}
     return FidelityReport(rows, _auroc(_by_fidelity(pooled)), of_parts, config, versions())
+
+
+def _compress_at_each(
+    texts: Sequence[str], ratios: Sequence[int], compressor: Compressor, generator: Generator
+) -> tuple[dict[int, Pick], dict[str, Fidelity]]:
+    """The texts' memories at every ratio and as raw text, and what was measured of each memory, by its handle."""
+    check = FidelityCheck(generator, compressor.config.segment_tokens)
+    single: dict[int, Pick] = {}
+    measured: dict[str, Fidelity] = {}
+    for ratio in ratios:
+        memories = compressor.compress(texts, ratio)
+        found = check.measure(texts, memories)
+        measured.update(zip((memory.handle for memory in memories), found, strict=True))
+        scored = [replace(memory, fidelity=own.score) for memory, own in zip(memories, found, strict=True)]
+        single[ratio] = dict(zip(texts, scored, strict=True))
+    raw = compressor.compress(texts, RAW_TEXT, min_fidelity=1.0, generator=generator)
+    single[RAW_TEXT] = dict(zip(texts, raw, strict=True))
+    return single, measured
 
 
 class _Answers:

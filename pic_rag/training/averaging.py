@@ -35,12 +35,15 @@ def average(compressors: Sequence[str | Path], out: str | Path) -> Path:
         ValueError: when there are fewer than two, or they differ in more than the values of their weights.
     """
     if len(compressors) < 2:
-        raise ValueError(f"compressors must be two or more to be averaged, got {len(compressors)}.")
+        raise ValueError(f"compressors must be two or more to be averaged, got {len(compressors)}. Name another one.")
     parts = [Checkpoint.load(name) for name in compressors]
     first = parts[0]
     for name, part in zip(compressors, parts, strict=True):
-        for field in ("config", "base"):
-            expected, got = getattr(first, field), getattr(part, field)
+        for field, expected, got in (
+            ("config", first.config, part.config),
+            ("base", first.base.id, part.base.id),
+            ("generator", _plain_generator(first), _plain_generator(part)),
+        ):
             if got != expected:
                 raise ValueError(
                     f"compressors must have the same {field} to be averaged: {str(compressors[0])!r} has {expected}, "
@@ -49,7 +52,8 @@ def average(compressors: Sequence[str | Path], out: str | Path) -> Path:
     readers = [part.reader for part in parts if part.reader is not None]
     if readers and len(readers) < len(parts):
         raise ValueError(
-            f"compressors must all have a reader or none to be averaged, got {len(readers)} of {len(parts)} that do."
+            f"compressors must all have a reader or none to be averaged, got {len(readers)} of {len(parts)} that do. "
+            "Average checkpoints of one run."
         )
     weights = _mean([part.weights for part in parts])
     with tempfile.TemporaryDirectory() as staging:
@@ -59,13 +63,19 @@ def average(compressors: Sequence[str | Path], out: str | Path) -> Path:
             shutil.copytree(readers[0], reader, copy_function=shutil.copyfile)
             merged = _mean([load_file(folder / _READER_WEIGHTS) for folder in readers])
             save_file(merged, reader / _READER_WEIGHTS, metadata={"format": "pt"})
-            generator = ModelRef(generator.name, reader_id(generator.id.partition("+")[0], reader))
+            generator = ModelRef(generator.name, reader_id(_plain_generator(first), reader))
         Checkpoint(first.config, first.base, generator, weights, reader).save(out)
     return Path(out)
 
 
+def _plain_generator(checkpoint: Checkpoint) -> str:
+    """The id of a checkpoint's generator without its reader."""
+    identity = checkpoint.generator.id
+    return identity if checkpoint.reader is None else identity.rpartition("+")[0]
+
+
 def _mean(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """The mean of tensors of the same name, computed in float32 and in the dtype of the first."""
+    """The mean of tensors of the same name and shape, computed in float32, in the dtype of the first."""
     shapes = [{name: tuple(tensor.shape) for name, tensor in part.items()} for part in parts]
     for shape in shapes[1:]:
         for name in sorted(shape.keys() | shapes[0].keys()):
