@@ -238,6 +238,8 @@ def test_compression_counts_padding_and_operations(systems: Systems, workload: W
     assert measured.text_tokens == 4096
     assert set(measured.over_floor) == set(measured.compress_s) == {4, 8}
     assert measured.over_floor[4] == measured.compress_s[4] / measured.floor_s
+    assert set(measured.over_floor_with_slots) == {4, 8}
+    assert all(measured.over_floor_with_slots[ratio] != measured.over_floor[ratio] for ratio in (4, 8))
     assert 0 <= measured.padding < 0.5
     assert measured.mfu > 0
     assert measured.growth > 0

@@ -73,7 +73,8 @@ def test_every_arm_is_measured_at_every_ratio_when_it_is_due(folder, smoke) -> N
             (step, *system) for step in (2, 4) for system in (("pic", 4), ("pic", 16), ("text+reader", None))
         ]
         assert {line["n"] for line in run.answers} == {2}
-        assert all(line["loss"] > 0 and line["kl"] > 0 for line in run.losses)
+        assert all(line["loss"] > 0 and line["kl"] > 0 and line["text_loss"] > 0 for line in run.losses)
+        assert all(0 <= line["text_accuracy"] <= 1 for line in run.losses)
         seconds = [seconds for _, seconds, _ in run.curve("loss", 4)]
         assert seconds == sorted(seconds)
     assert [(line["system"], line["ratio"]) for line in results.bounds] == [
@@ -173,7 +174,8 @@ def test_the_report_is_made_of_the_files_alone(folder, tmp_path, capsys) -> None
     last = next(line for line in run.final("pic") if line["ratio"] == 16)
     answers = next(row for row in rows if row[:2] == ["global", "16"])
     assert answers[2:6] == [f"{100 * last[name]:.1f}" for name in ("f1", "em", "contains_answer", "agreement")]
-    assert answers[6:] == [f"{run.curve('kl', 16)[-1][2]:.3f}", "1"]
+    kl, kept = (run.curve(name, 16)[-1][2] for name in ("kl", "text_accuracy"))
+    assert answers[6:] == [f"{kl:.3f}", f"{100 * kept:.1f}", "1"]
     assert "2 of 2 runs are finished" in written[0].decode()
 
 

@@ -27,13 +27,14 @@ from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.models.pair import load_models
 from pic_rag.prompts import check_unicode
 
-BATCH_SIZE = 8
-"""Rows encoded at once; a row holds one full segment or several short ones."""
+BATCH_SIZE = 2
+"""Rows encoded at once; a row holds one full segment or several short ones. Two keep a CPU's cores as busy as eight do,
+and few rows can be packed with less padding and in narrower rows."""
 
 GPU_BATCH_SIZE = 64
-"""The same on a GPU, where the arithmetic of 8 rows takes no longer than starting it; 64 has not been tuned."""
+"""The same on a GPU, where the arithmetic of few rows takes no longer than starting it; 64 has not been tuned."""
 
-_LOOKAHEAD_BATCHES = 8  # full batches of segments gathered before they are packed: bounds memory, leaves little padding
+_LOOKAHEAD_BATCHES = 32  # full batches of segments gathered before they are packed: bounds memory, little padding
 
 
 class Compressor:

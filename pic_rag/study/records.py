@@ -25,7 +25,8 @@ class Run:
 
     Attributes:
         head: arm, seed, steps, configuration, versions; empty before the run has begun.
-        losses: `step`, `seconds`, `ratio`, `loss`, `kl`, `accuracy`, in the order of training.
+        losses: `step`, `seconds`, `ratio`, `loss`, `kl`, `accuracy` on the answers' tokens, `text_loss` and
+            `text_accuracy` on the documents', in the order of training.
         answers: `step`, `seconds` and the fields of `pic_rag.evaluation.runner.Row`, likewise.
     """
 

@@ -45,9 +45,12 @@ def render(results: Results) -> str:
     parts = [
         f"Made by `pic-rag study --report` from the metrics files beside it. {finished} of {len(runs)} runs are "
         f"finished; the figures are of these, mean ± standard deviation over seeds {', '.join(map(str, study.seeds))}. "
-        f"Questions: `{_slice(study.measured)}`.",
+        f"Questions: `{_slice(study.measured)}`. Text kept: tokens of their documents that the generator, reading a "
+        "document's memory and the true words before, expects next, in per cent.",
         "## Answers",
-        markdown_table(["system", "ratio", *SCORES.values(), "KL to full text", "runs"], list(_answer_rows(results))),
+        markdown_table(
+            ["system", "ratio", *SCORES.values(), "KL to full text", "text kept", "runs"], list(_answer_rows(results))
+        ),
     ]
     if study.reference:
         parts += [f"## Training to reach the best of `{study.reference}`", _race_note(study.reference), _race(results)]
@@ -64,23 +67,29 @@ def _slice(measured: Measured) -> str:
 
 def _answer_rows(results: Results) -> Iterator[list[str]]:
     for line in results.bounds:
-        yield _answer_row(line["system"], line["ratio"], [line], [])
+        yield _answer_row(line["system"], line["ratio"], [line], [], [])
     for arm, own in results.runs.items():
         finished = [run for run in own if run.finished]
         read = [line for run in finished for line in run.final("text+reader")]
         if read:
-            yield _answer_row(f"text, with the reader of {arm}", None, read, [])
+            yield _answer_row(f"text, with the reader of {arm}", None, read, [], [])
         for ratio in results.study.measured.ratios:
             lines = [line for run in finished for line in run.final("pic") if line["ratio"] == ratio]
-            kl = [run.curve("kl", ratio)[-1][2] for run in finished]
+            kl, kept = (
+                [value for run in finished for *_, value in run.curve(name, ratio)[-1:]]
+                for name in ("kl", "text_accuracy")
+            )
             if lines:
-                yield _answer_row(arm, ratio, lines, kl)
+                yield _answer_row(arm, ratio, lines, kl, [100 * value for value in kept])
 
 
-def _answer_row(name: str, ratio: int | None, lines: Sequence[Line], kl: Sequence[float]) -> list[str]:
+def _answer_row(
+    name: str, ratio: int | None, lines: Sequence[Line], kl: Sequence[float], kept: Sequence[float]
+) -> list[str]:
     scores = [[100 * line[score] for line in lines if line[score] is not None] for score in SCORES]
     spread = [_spread(values, ".1f") for values in scores]
-    return [name, "" if ratio is None else str(ratio), *spread, _spread(kl, ".3f"), str(len(lines))]
+    rest = [_spread(kl, ".3f"), _spread(kept, ".1f"), str(len(lines))]
+    return [name, "" if ratio is None else str(ratio), *spread, *rest]
 
 
 def _race_note(reference: str) -> str:

@@ -1,4 +1,4 @@
-"""What is measured while a run is trained: the loss on questions often, answers now and then."""
+"""What is measured while a run is trained: the loss on questions and on their documents often, answers now and then."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ class Watch:
         self.path = path
         self.progress = progress
         self.objective = Objective(trainer.encoder, trainer.generator, distillation=0.0)
-        self.batches = {ratio: self._pose(trainer, ratio) for ratio in measured.ratios}
+        self.asked = {ratio: self._asked(trainer, ratio) for ratio in measured.ratios}
+        self.repeated = {ratio: self._repeated(trainer, ratio) for ratio in measured.ratios}
 
     def __call__(self, trainer: Trainer) -> None:
         """Measure what is due after this step."""
@@ -51,19 +52,33 @@ class Watch:
         if step in self.measured.answer_steps or step == last:
             append_lines(self.path, *(at | answer_line(row) for row in self._answers(trainer)))
 
-    def _pose(self, trainer: Trainer, ratio: int) -> list[Batch]:
+    def _asked(self, trainer: Trainer, ratio: int) -> list[Batch]:
+        """The questions, to be answered from memories."""
         posed = [trainer.factory.pose(asked, ratio) for asked in self.questions]
         return build_batches("questions", posed, trainer.config, self.measured.batch_size)
 
-    @torch.no_grad()
+    def _repeated(self, trainer: Trainer, ratio: int) -> list[Batch]:
+        """The first document of each question, to be repeated from its memory."""
+        documents = dict.fromkeys(asked.contexts[0].document for asked in self.questions)
+        repeated = [trainer.factory.repeat(document, ratio) for document in documents]
+        return build_batches("reconstruct", repeated, trainer.config, self.measured.batch_size)
+
     def _losses(self, ratio: int, device: torch.device) -> dict[str, float]:
-        """Means over all answer tokens of the slice."""
+        """Means over all tokens of the slice's answers, and over all of its documents."""
+        loss, kl, accuracy = self._measure(self.asked[ratio], f"loss {ratio}x", device)
+        text_loss, _, text_accuracy = self._measure(self.repeated[ratio], f"text {ratio}x", device)
+        return {
+            "loss": loss, "kl": kl, "accuracy": accuracy, "text_loss": text_loss, "text_accuracy": text_accuracy
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def _measure(self, batches: Sequence[Batch], title: str, device: torch.device) -> list[float]:
+        """Cross-entropy, KL to the teacher and accuracy, means over all targets."""
         sums = torch.zeros(3, dtype=torch.float64, device=device)
         hidden = None if self.progress is None else not self.progress
-        for batch in tqdm(self.batches[ratio], desc=f"loss {ratio}x", leave=False, delay=1.0, disable=hidden):
+        for batch in tqdm(batches, desc=title, leave=False, delay=1.0, disable=hidden):
             sums += torch.stack(self.objective.measure(batch.to(device))) * len(batch.reads.target_ids)
-        targets = sum(len(batch.reads.target_ids) for batch in self.batches[ratio])
-        return dict(zip(("loss", "kl", "accuracy"), (sums / targets).tolist(), strict=True))
+        return (sums / sum(len(batch.reads.target_ids) for batch in batches)).tolist()
 
     def _answers(self, trainer: Trainer) -> list[Row]:
         """Answers of the compressor as it would be shipped now, and of its reader reading the text."""

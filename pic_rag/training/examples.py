@@ -151,6 +151,10 @@ class ExampleFactory:
             self._sequence(spans, documents),
         )
 
+    def repeat(self, document: str, ratio: int) -> Example:
+        """A document compressed at a ratio, which the generator has to repeat word by word."""
+        return self._repeat(self._document_ids(document), ratio, self.config.pic.slots_per_chunk)
+
     def token_counts(self, vocabulary: int) -> torch.Tensor:
         """How often each of `(vocabulary,)` tokens occurs in the texts and in the questions' contexts."""
         tables = [table.contexts for table in self.questions] + ([self.texts] if self.texts else [])
@@ -158,7 +162,10 @@ class ExampleFactory:
 
     def _reconstruct(self, ratios: Ratios, random: np.random.Generator) -> Example:
         text = self._excerpt(random, 0)
-        segments = self._compress(text, ratios, random)
+        return self._repeat(text, *self._draw_cut(ratios, random))
+
+    def _repeat(self, text: np.ndarray, ratio: int, slots_per_chunk: int) -> Example:
+        segments = self._cut(text, ratio, slots_per_chunk)
         prompt = self._render(repeat_messages(_handle(0)))
         pieces = self._tokenize(prompt, [_memory_places(segments)])
         end = np.array([self.tokenizer.eos_token_id])
@@ -253,9 +260,13 @@ class ExampleFactory:
 
     def _compress(self, document: np.ndarray, ratios: Ratios, random: np.random.Generator) -> list[Segment]:
         """Segments of a document at a random ratio and a random number of slots a chunk."""
+        return self._cut(document, *self._draw_cut(ratios, random))
+
+    def _draw_cut(self, ratios: Ratios, random: np.random.Generator) -> tuple[int, int]:
+        """A ratio and a number of slots a chunk."""
         weights = np.array(list(ratios.values()))
         ratio = int(random.choice(list(ratios), p=weights / weights.sum()))
-        return self._cut(document, ratio, int(random.choice(self.config.slots_per_chunk)))
+        return ratio, int(random.choice(self.config.slots_per_chunk))
 
     def _cut(self, document: np.ndarray, ratio: int, slots_per_chunk: int) -> list[Segment]:
         """Segments of one document."""
