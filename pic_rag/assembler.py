@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pic_rag.config import GeneratorPositions
 from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, replace_handles, split_handles
 from pic_rag.memory import Memory
 from pic_rag.prompts import check_unicode
@@ -35,12 +36,14 @@ class Assembled:
         memories: the memories in reading order; one that is named twice is read twice.
         token_embeddings: the generator's input embeddings, scaled as that model scales them.
         text: the same as one string, a handle where a memory sits; special tokens are written out.
+        generator_positions: where memory tokens sit, see `PicConfig`.
     """
 
     token_ids: torch.Tensor
     memories: tuple[Memory, ...]
     token_embeddings: nn.Module
     text: str
+    generator_positions: GeneratorPositions = "contiguous"
 
     @property
     def prompt_tokens(self) -> int:
@@ -51,6 +54,14 @@ class Assembled:
     def memory_tokens(self) -> int:
         """Rows that come from memories."""
         return sum(memory.memory_tokens for memory in self.memories)
+
+    @property
+    def position_ids(self) -> torch.Tensor:
+        """`(rows,)` int64: a spread memory token sits where the last token of its span would."""
+        steps = torch.ones_like(self.token_ids)
+        if self.memories and self.generator_positions == "spread":
+            steps[self.token_ids == MEMORY_ROW] = torch.cat([memory.spans for memory in self.memories])
+        return steps.cumsum(0) - 1
 
     @property
     def embeddings(self) -> torch.Tensor:
@@ -74,12 +85,21 @@ class Assembler:
         model: the generator.
         tokenizer: its tokenizer, with its chat template when messages are to be read.
         model_id: `name@digest` of the generator; a memory must carry the same one.
+        generator_positions: where memory tokens sit, see `PicConfig`.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, model_id: str) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        model_id: str,
+        generator_positions: GeneratorPositions = "contiguous",
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.model_id = model_id
+        self.generator_positions = generator_positions
         self._opening, self._closing = _special_tokens(tokenizer)
 
     @property
@@ -131,7 +151,7 @@ class Assembler:
             token_ids = [*self._opening, *token_ids, *self._closing]
             text = f"{self.tokenizer.decode(self._opening)}{text}{self.tokenizer.decode(self._closing)}"
         rows = torch.tensor(token_ids, dtype=torch.long)
-        return Assembled(rows, tuple(read), self.model.get_input_embeddings(), text)
+        return Assembled(rows, tuple(read), self.model.get_input_embeddings(), text, self.generator_positions)
 
     def _tokenize(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids

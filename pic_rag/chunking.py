@@ -47,6 +47,11 @@ class Segment:
         """Places the segment takes in an encoder row: its text tokens and its slots."""
         return len(self.token_ids) + len(self.chunk)
 
+    @property
+    def spans(self) -> np.ndarray:
+        """`(slots,)` text tokens that each slot stands for."""
+        return self.stop - self.start
+
 
 def text_windows(text: str) -> Iterator[str]:
     """The text in pieces of `WINDOW_CHARACTERS` at most that break before a word."""

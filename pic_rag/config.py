@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 TextScope = Literal["segment", "chunk"]
 MemoryScope = Literal["chunk", "chunk+past", "segment"]
 SlotPositions = Literal["spread", "append"]
+GeneratorPositions = Literal["contiguous", "spread"]
 
 RAW_TEXT = 1
 """The ratio of a memory that is the text itself: the generator's own token embeddings. No compressor serves it."""
@@ -43,6 +44,9 @@ class PicConfig:
     text_scope: TextScope = _field("segment", "what text attends to: earlier text of its segment, or of its chunk")
     memory_scope: MemoryScope = _field("chunk+past", "what a slot attends to besides itself and its chunk")
     positions: SlotPositions = _field("spread", "slots sit inside their chunk's positions, or after the segment")
+    generator_positions: GeneratorPositions = _field(
+        "contiguous", "memory tokens sit side by side in a prompt, or as far apart as the text they stand for"
+    )
     residual_pool: bool = _field(True, "add the mean of the generator's token embeddings over the slot's span")
     encoder_layers: int | None = _field(None, "layers of the base model the encoder keeps, from the first; None: all")
     lora_rank: int = _field(32, "rank of the LoRA on every linear layer of the encoder; 0: none")
@@ -117,6 +121,7 @@ _CHOICES = {
     "text_scope": get_args(TextScope),
     "memory_scope": get_args(MemoryScope),
     "positions": get_args(SlotPositions),
+    "generator_positions": get_args(GeneratorPositions),
 }
 
 

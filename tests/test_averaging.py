@@ -14,7 +14,7 @@ from pic_rag.cli import main
 from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.generation.generator import Generator
-from pic_rag.models.backbone import ModelRef, reader_id
+from pic_rag.models.backbone import ModelRef, generator_id, plain_id
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.training.averaging import average
 
@@ -38,15 +38,17 @@ def make(tiny_model, tiny_tokenizer, tmp_path):
             lora = LoraConfig(r=reader_rank, target_modules=["q_proj"], init_lora_weights=False)
             reader = tmp_path / f"{name}-reader"
             get_peft_model(copy.deepcopy(tiny_model), lora).save_pretrained(reader)
-            generator = ModelRef(generator.name, reader_id(generator.id, reader))
+            positions = made.config.generator_positions
+            generator = ModelRef(generator.name, generator_id(plain_id(generator.id), reader, positions))
         Checkpoint(made.config, made.checkpoint.base, generator, weights, reader).save(tmp_path / name)
         return tmp_path / name
 
     return write
 
 
-def test_every_tensor_is_the_mean_and_the_compressor_works(make, tmp_path, capsys):
-    parts = [make(name, seed, reader_rank=3) for seed, name in enumerate("abc")]
+@pytest.mark.parametrize("positions", ["contiguous", "spread"])
+def test_every_tensor_is_the_mean_and_the_compressor_works(make, tmp_path, capsys, positions):
+    parts = [make(name, seed, reader_rank=3, generator_positions=positions) for seed, name in enumerate("abc")]
     assert main(["average", *map(str, parts), "--out", str(tmp_path / "mean")]) == 0
     assert capsys.readouterr().out.strip() == str(tmp_path / "mean")
     for file in ("compressor.safetensors", "reader/adapter_model.safetensors"):

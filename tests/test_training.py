@@ -19,6 +19,8 @@ from accelerate import Accelerator
 import pic_rag.training
 from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
+from pic_rag.generation.generator import Generator
+from pic_rag.prompts import rag_messages
 from pic_rag.questions import read_questions as read_eval_questions
 from pic_rag.training.batch import StepDataset, build_batches
 from pic_rag.training.config import Stage, TrainConfig
@@ -242,6 +244,39 @@ def test_all_examples_are_measured_whatever_the_rows_hold(data, tmp_path):
     batches = build_batches("questions", posed, trainer.config, size=6)
     assert sum(int(batch.reads.segment.max()) + 1 for batch in batches) == len(posed)
     assert len(batches) == 2
+
+
+def test_spread_memories_leave_every_target_where_the_text_would_have_it(data, tmp_path):
+    pic = {"segment_tokens": 64, "ratios": [4, 8], "lora_rank": 4, "generator_positions": "spread"}
+    fields = {"tasks": {"questions": 1}, "turns": 2, "distillation": 1.0, "rows": [4, 4, 4], "row_places": 512}
+    trainer = Trainer(_config(data, tmp_path, **fields, pic=pic), Accelerator())
+    for step in range(4):
+        batch = StepDataset(trainer.config, trainer.factory)[step]
+        assert (batch.reads.slot >= 0).any()
+        at, teacher = (rows.position_ids[rows.target_row, rows.target_place] for rows in (batch.reads, batch.teacher))
+        assert torch.equal(at, teacher)
+
+
+@pytest.mark.parametrize("reader_rank", [0, 2], ids=["frozen", "reader"])
+def test_a_compressor_is_read_as_it_was_trained_at_either_positions(data, tmp_path, reader_rank):
+    asked = next(iter(read_eval_questions(data / "questions.jsonl")))
+    losses = {}
+    for positions in ("contiguous", "spread"):
+        pic = {"segment_tokens": 64, "ratios": [4, 8], "lora_rank": 4, "generator_positions": positions}
+        fields = {"steps": 2, "tasks": {"questions": 1}, "reader_rank": reader_rank, "pic": pic}
+        trainer = Trainer(_config(data, tmp_path / positions, **fields), Accelerator())
+        folder = trainer.run(None, False)
+        [batch] = build_batches("questions", [trainer.factory.pose(asked, 4)], trainer.config, 1)
+        with torch.no_grad():
+            losses[positions] = trainer.model.measure(batch)[0].item()
+        compressor = Compressor.from_pretrained(folder, device="cpu", dtype="float32")
+        generator = Generator.from_checkpoint(compressor.checkpoint, device="cpu", dtype="float32")
+        assert generator.model_id.endswith("~spread") == (positions == "spread")
+        memories = compressor.compress([context.document for context in asked.contexts], 4)
+        prompt = rag_messages(asked.question, [memory.handle for memory in memories])
+        [log_probs] = generator.score([prompt], [batch.reads.target_ids], memories)
+        assert -log_probs.mean().item() == pytest.approx(losses[positions], abs=5e-3)
+    assert losses["spread"] != pytest.approx(losses["contiguous"], abs=2e-2)
 
 
 def test_documents_that_stay_text_are_read_as_their_tokens(data, tmp_path):

@@ -22,7 +22,7 @@ from pic_rag.generation.generator import Generator
 from pic_rag.generation.sharing import shared_generator
 from pic_rag.handles import make_handle
 from pic_rag.memory import Memory, hash_text
-from pic_rag.models.backbone import Backbone, load_backbone
+from pic_rag.models.backbone import Backbone, ModelRef, generator_id, load_backbone
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.models.pair import load_models
 from pic_rag.prompts import check_unicode
@@ -147,7 +147,8 @@ class Compressor:
             torch.manual_seed(0)  # equal models and settings make equal fingerprints, so a store of memories stays good
             encoder = PicEncoder(base.model, config, embeddings)
         weights = {name: tensor.detach().cpu().clone() for name, tensor in encoder.trained_state().items()}
-        return cls(Checkpoint(config, base.ref, reader.ref, weights), encoder, base.tokenizer)
+        generator_ref = ModelRef(reader.name, generator_id(reader.ref.id, None, config.generator_positions))
+        return cls(Checkpoint(config, base.ref, generator_ref, weights), encoder, base.tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `config.json`, `compressor.safetensors` and the reader, if there is one, into a folder."""

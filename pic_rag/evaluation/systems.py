@@ -113,8 +113,13 @@ class Systems:
         base = load_backbone(compressor.generator.name, **self._loading)
         # One model for both: the plain generator first, whose id is that of the weights without a reader.
         self.plain = Generator(base.model, base.tokenizer, name=base.name)
-        reader = compressor.reader
-        self.reading = Generator(base.model, base.tokenizer, name=base.name, reader=reader) if reader else self.plain
+        self.reading = Generator(
+            base.model,
+            base.tokenizer,
+            name=base.name,
+            reader=compressor.reader,
+            generator_positions=compressor.config.generator_positions,
+        )
         self._shortener = Shortener(base.tokenizer, embedder)
         self._show: dict[str, Callable[[Sequence[Question], int, bool | None], list[Shown]]] = {
             "pic": self._compress,

@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pic_rag.assembler import Assembled, Assembler, Prompt
+from pic_rag.config import GeneratorPositions
 from pic_rag.generation.completion import Completion, FinishReason
 from pic_rag.generation.sampling import Sampling
 from pic_rag.memory import Memory
@@ -71,16 +72,23 @@ class BaseGenerator:
         tokenizer: its tokenizer.
         model_id: `name@digest` of the model, its reader included; a memory must carry the same one.
         engine: runs the model.
+        generator_positions: where memory tokens sit, see `PicConfig`.
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, model_id: str, engine: Decoder
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        model_id: str,
+        engine: Decoder,
+        generator_positions: GeneratorPositions = "contiguous",
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.model_id = model_id
         self._engine = engine
-        self._assembler = Assembler(model, tokenizer, model_id=model_id)
+        self._assembler = Assembler(model, tokenizer, model_id=model_id, generator_positions=generator_positions)
 
     @property
     def hidden(self) -> int:
@@ -269,11 +277,13 @@ class BaseGenerator:
         assembled = self._assembler.assemble(prompt, memories)
         if assembled.prompt_tokens == 0:
             raise ValueError(f"prompt must hold at least one token, got {prompt!r}. Ask something.")
-        if assembled.prompt_tokens + max_new_tokens > self.context_tokens:
+        positions = int(assembled.position_ids[-1]) + 1
+        if positions + max_new_tokens > self.context_tokens:
+            text_counts = positions > assembled.prompt_tokens  # as it does for spread memories
             raise ValueError(
                 f"prompt tokens + max_new_tokens must be at most the generator's context of {self.context_tokens} "
-                f"tokens, got {assembled.prompt_tokens} + {max_new_tokens}. Shorten the prompt, lower max_new_tokens, "
-                "or compress at a higher ratio."
+                f"tokens, got {positions} + {max_new_tokens}. Shorten the prompt, lower max_new_tokens, or "
+                f"{'retrieve less text' if text_counts else 'compress at a higher ratio'}."
             )
         return assembled
 

@@ -129,9 +129,10 @@ class Engine:
         reading = batch[0].memory_tokens > 0
         with self._exclusive(reading):
             inputs = self._pad_embeddings(whole, [0] * len(whole)) if reading else self._pad_ids(whole)
-            positions = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
+            if not reading:  # `generate` sees to it by itself
+                inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp_min(0)
             last = max(map(len, targets)) + 1  # the row before a target's first token says what that token is
-            logits = self.model(**inputs, position_ids=positions, logits_to_keep=last, use_cache=False).logits
+            logits = self.model(**inputs, logits_to_keep=last, use_cache=False).logits
         return [_log_probs(row[-len(ids) - 1 : -1], ids) for row, ids in zip(logits, targets, strict=True)]
 
     @torch.no_grad()
@@ -177,8 +178,13 @@ class Engine:
         """Read a prompt's blocks one by one, just as if those before were kept."""
         while block := prefix.next_block:
             past = join([block], self.model)
-            rows = prompt.embeddings[None, block.cached_tokens : block.prompt_tokens]
-            self.model.get_decoder()(inputs_embeds=rows, past_key_values=past, use_cache=True)
+            read = slice(block.cached_tokens, block.prompt_tokens)
+            self.model.get_decoder()(
+                inputs_embeds=prompt.embeddings[None, read],
+                position_ids=prompt.position_ids[None, read].to(self.model.device),
+                past_key_values=past,
+                use_cache=True,
+            )
             prefix = prefix.with_next(past)
         return prefix
 
@@ -190,16 +196,22 @@ class Engine:
         return {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
 
     def _pad_embeddings(self, prompts: Sequence[Assembled], cached: Sequence[int]) -> dict[str, torch.Tensor]:
-        """`(prompts, rows, hidden)` embeddings and `(prompts, rows)` mask.
+        """`(prompts, rows, hidden)` embeddings and `(prompts, rows)` positions and mask.
 
         The cached rows of all prompts come first, padded on the left, then the rows to read, padded on the left. What
         embeddings say at cached rows does not matter: `model.generate` wants them and cuts them off.
         """
         read = [prompt.embeddings[rows:] for prompt, rows in zip(prompts, cached, strict=True)]
         embeddings = pad(pad_sequence(read, True, padding_side="left"), (0, 0, max(cached), 0))
-        parts = [[torch.ones(rows) for rows in cached], [torch.ones(len(rows)) for rows in read]]
-        mask = torch.cat([pad_sequence(ones, True, padding_side="left") for ones in parts], dim=1)
-        return {"inputs_embeds": embeddings, "attention_mask": mask.long().to(self.model.device)}
+        counted = [prompt.position_ids + 1 for prompt in prompts]  # 0 is padding
+        parts = [
+            [own[:rows] for own, rows in zip(counted, cached, strict=True)],
+            [own[rows:] for own, rows in zip(counted, cached, strict=True)],
+        ]
+        places = torch.cat([pad_sequence(part, True, padding_side="left") for part in parts], dim=1)
+        places = places.to(self.model.device)
+        positions = (places - 1).clamp_min(0)
+        return {"inputs_embeds": embeddings, "attention_mask": places.sign(), "position_ids": positions}
 
     def _generation_config(self, sampling: Sampling) -> GenerationConfig:
         """One beam, the highest score; what is not said here (a repetition penalty, say) stays as the model has it."""

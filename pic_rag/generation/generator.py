@@ -10,12 +10,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pic_rag.assembler import Prompt
+from pic_rag.config import GeneratorPositions
 from pic_rag.generation.answering import BaseGenerator, by_handle, groups
 from pic_rag.generation.engine import BATCH_PROMPTS, Engine
 from pic_rag.generation.prefix import PREFIX_CACHE_BYTES
 from pic_rag.generation.reader import Reader
 from pic_rag.memory import Memory
-from pic_rag.models.backbone import load_backbone, model_id, reader_id
+from pic_rag.models.backbone import generator_id, load_backbone, model_id
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.models.pair import load_generator
 
@@ -37,6 +38,8 @@ class Generator(BaseGenerator):
         prefix_cache_bytes: keys and values to keep, on the model's device, so that a prompt that begins with the same
             memories as an earlier one is read from its first new row; 0 keeps none. A model with sliding windows or
             recurrent states keeps none either.
+        generator_positions: "contiguous", or "spread" for memories that were trained to be read so (see `PicConfig`):
+            part of `model_id`.
 
     Raises:
         ValueError: when `reader` is not such a folder or does not fit the model, or a number is out of range.
@@ -52,6 +55,7 @@ class Generator(BaseGenerator):
         batch_size: int = BATCH_PROMPTS,
         merge_calls: bool = False,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+        generator_positions: GeneratorPositions = "contiguous",
     ) -> None:
         plain = model_id(model, name)  # before the reader adds parameters of its own
         self._engine: Engine = Engine(
@@ -62,8 +66,13 @@ class Generator(BaseGenerator):
             merge_calls=merge_calls,
             prefix_cache_bytes=prefix_cache_bytes,
         )
-        whole = plain if reader is None else reader_id(plain, Path(reader))
-        super().__init__(model, tokenizer, model_id=whole, engine=self._engine)
+        super().__init__(
+            model,
+            tokenizer,
+            model_id=generator_id(plain, None if reader is None else Path(reader), generator_positions),
+            engine=self._engine,
+            generator_positions=generator_positions,
+        )
 
     @classmethod
     def from_pretrained(
@@ -135,6 +144,7 @@ class Generator(BaseGenerator):
             batch_size=batch_size,
             merge_calls=merge_calls,
             prefix_cache_bytes=prefix_cache_bytes,
+            generator_positions=checkpoint.config.generator_positions,
         )
 
     def score(

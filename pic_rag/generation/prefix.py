@@ -147,8 +147,12 @@ def supports_reuse(model: PreTrainedModel) -> bool:
 
 
 def cut_blocks(prompt: Assembled) -> Iterator[Block]:
-    """The blocks of a prompt. Their names tell embeddings apart as the generator sees them, in its own dtype."""
+    """The blocks of a prompt. Their names tell embeddings and positions apart as the generator sees them.
+
+    Embeddings in its own dtype; positions of memories, from which those of text follow.
+    """
     dtype = next(prompt.token_embeddings.parameters()).dtype
+    position_ids = prompt.position_ids
     is_memory = (prompt.token_ids == MEMORY_ROW).tolist()
     name, start, end = b"", 0, 0
     for memory in filter(_has_rows, prompt.memories):
@@ -159,7 +163,9 @@ def cut_blocks(prompt: Assembled) -> Iterator[Block]:
         text = prompt.token_ids[end:first].numpy().tobytes()
         hashed = hashlib.sha256(name + len(text).to_bytes(8, "little") + text)
         hashed.update(memory.embeddings.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy().tobytes())
-        name, end = hashed.digest(), first + memory.memory_tokens
+        end = first + memory.memory_tokens
+        hashed.update(position_ids[first:end].numpy().tobytes())
+        name = hashed.digest()
     if end:
         yield Block(name, start, end)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pic_rag.config import GeneratorPositions
 from pic_rag.models import embedded
 from pic_rag.models.quiet import quiet_loading
 
@@ -120,10 +122,25 @@ def model_id(model: PreTrainedModel, name: str) -> str:
     return f"{short}@{digest.hexdigest()[:16]}"
 
 
-def reader_id(model: str, reader: Path) -> str:
-    """The id of a generator together with its reader adapter: memories made for the pair suit nothing else."""
-    digest = hashlib.sha256((reader / "adapter_model.safetensors").read_bytes()).hexdigest()
-    return f"{model}+{digest[:16]}"
+def generator_id(model: str, reader: Path | None, positions: GeneratorPositions) -> str:
+    """The id of a generator with its reader adapter, and with how it reads: memories made for that suit nothing else.
+
+    `name@digest`, then `+digest` of the reader, if there is one, then `~spread` where memory tokens are spread.
+    """
+    if reader is not None:
+        digest = hashlib.sha256((reader / "adapter_model.safetensors").read_bytes()).hexdigest()
+        model = f"{model}+{digest[:16]}"
+    return model if positions == "contiguous" else f"{model}~{positions}"
+
+
+def plain_id(generator: str) -> str:
+    """The id of the model alone, out of a `generator_id`.
+
+    >>> plain_id("SmolLM2@9ec930d6+0f59d511~spread")
+    'SmolLM2@9ec930d6'
+    """
+    name, _, digests = generator.rpartition("@")
+    return f"{name}@{re.split('[+~]', digests)[0]}"
 
 
 def _cpu_multiplies_bfloat16() -> bool:

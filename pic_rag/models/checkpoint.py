@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 
 from pic_rag.config import PicConfig
 from pic_rag.models import embedded
-from pic_rag.models.backbone import ModelRef, reader_id
+from pic_rag.models.backbone import ModelRef, generator_id, plain_id
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
@@ -52,7 +52,9 @@ class Checkpoint:
     @cached_property
     def fingerprint(self) -> str:
         """64 hex digits over weights, settings and models; equal fingerprints make equal memories."""
-        identity = {"pic": self.config.to_dict(), "base": self.base.id, "generator": self.generator.id}
+        settings = self.config.to_dict()
+        del settings["generator_positions"]  # the generator's id says it
+        identity = {"pic": settings, "base": self.base.id, "generator": self.generator.id}
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
         for name, tensor in sorted(self.weights.items()):
             digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
@@ -69,13 +71,13 @@ class Checkpoint:
         """
         folder = _find_folder(name_or_path)
         settings = _read_settings(folder / CONFIG_FILE)
-        generator = ModelRef(**settings["generator"])
+        config, generator = PicConfig.from_dict(settings["pic"]), ModelRef(**settings["generator"])
         return cls(
-            config=PicConfig.from_dict(settings["pic"]),
+            config=config,
             base=ModelRef(**settings["base"]),
             generator=generator,
             weights=_read_weights(folder / WEIGHTS_FILE),
-            reader=_find_reader(folder / READER_FOLDER, generator.id),
+            reader=_find_reader(folder / READER_FOLDER, generator.id, config),
             quality=str(settings.get("quality", "")),
         )
 
@@ -151,10 +153,9 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return dict(settings)
 
 
-def _find_reader(folder: Path, generator: str) -> Path | None:
+def _find_reader(folder: Path, generator: str, config: PicConfig) -> Path | None:
     """The reader that the generator's id speaks of; a folder that it does not speak of is another compressor's."""
-    model, plus, _ = generator.rpartition("@")[2].partition("+")
-    if not plus:
+    if "+" not in generator.rpartition("@")[2]:
         return None
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
@@ -162,7 +163,7 @@ def _find_reader(folder: Path, generator: str) -> Path | None:
             f"The memories of this compressor need their reader, got none at {str(weights)!r}. Fetch it again, or let "
             "the training run that writes it go on."
         )
-    if reader_id(model, folder) != generator.rpartition("@")[2]:
+    if generator_id(plain_id(generator), folder, config.generator_positions) != generator:
         raise ValueError(
             f"{weights} must be the reader that {CONFIG_FILE} names, got another. Fetch it again, or let the training "
             "run that writes it go on."

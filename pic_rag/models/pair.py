@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pic_rag.models.backbone import Backbone, ModelRef, load_backbone
+from pic_rag.models.backbone import Backbone, ModelRef, load_backbone, plain_id
 from pic_rag.models.checkpoint import Checkpoint
 
 
@@ -30,7 +30,7 @@ def load_models(
         ValueError: when a model is not the one the checkpoint was trained with.
     """
     load = partial(load_backbone, **loading)
-    one_model = _digest(checkpoint.base.id) == _bare_digest(checkpoint.generator.id)
+    one_model = _digest(checkpoint.base.id) == _digest(plain_id(checkpoint.generator.id))
     base = _load(load, "base_model", base_model or (generator if one_model else None) or checkpoint.base.name)
     if _digest(base.ref.id) != _digest(checkpoint.base.id):
         raise ValueError(
@@ -71,7 +71,7 @@ def _load(load: Callable[..., Backbone], argument: str, name_or_path: str | Path
 
 def _load_generator(load: Callable[..., Backbone], wanted: ModelRef, name_or_path: str | Path | None) -> Backbone:
     loaded = _load(load, "generator", name_or_path or wanted.name)
-    if _digest(loaded.ref.id) != _bare_digest(wanted.id):
+    if _digest(loaded.ref.id) != _digest(plain_id(wanted.id)):
         raise ValueError(
             f"generator must be {wanted.id!r}, which the compressor makes memories for, got {loaded.ref.id!r}. "
             "Name the folder or hub id where the right model is."
@@ -81,8 +81,3 @@ def _load_generator(load: Callable[..., Backbone], wanted: ModelRef, name_or_pat
 
 def _digest(identity: str) -> str:
     return identity.rpartition("@")[2]
-
-
-def _bare_digest(identity: str) -> str:
-    """That of the model alone, without its reader's."""
-    return _digest(identity).partition("+")[0]

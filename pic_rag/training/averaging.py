@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from pic_rag.models.backbone import ModelRef, reader_id
+from pic_rag.models.backbone import ModelRef, generator_id, plain_id
 from pic_rag.models.checkpoint import READER_FOLDER, Checkpoint
 
 _READER_WEIGHTS = "adapter_model.safetensors"
@@ -42,7 +42,7 @@ def average(compressors: Sequence[str | Path], out: str | Path) -> Path:
         for field, expected, got in (
             ("config", first.config, part.config),
             ("base", first.base.id, part.base.id),
-            ("generator", _plain_generator(first), _plain_generator(part)),
+            ("generator", plain_id(first.generator.id), plain_id(part.generator.id)),
         ):
             if got != expected:
                 raise ValueError(
@@ -63,15 +63,10 @@ def average(compressors: Sequence[str | Path], out: str | Path) -> Path:
             shutil.copytree(readers[0], reader, copy_function=shutil.copyfile)
             merged = _mean([load_file(folder / _READER_WEIGHTS) for folder in readers])
             save_file(merged, reader / _READER_WEIGHTS, metadata={"format": "pt"})
-            generator = ModelRef(generator.name, reader_id(_plain_generator(first), reader))
+            identity = generator_id(plain_id(generator.id), reader, first.config.generator_positions)
+            generator = ModelRef(generator.name, identity)
         Checkpoint(first.config, first.base, generator, weights, reader).save(out)
     return Path(out)
-
-
-def _plain_generator(checkpoint: Checkpoint) -> str:
-    """The id of a checkpoint's generator without its reader."""
-    identity = checkpoint.generator.id
-    return identity if checkpoint.reader is None else identity.rpartition("+")[0]
 
 
 def _mean(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

@@ -161,13 +161,28 @@ def build_batch(task: str, examples: Sequence[Example], config: TrainConfig) -> 
     return Batch(
         task,
         build_layout(segments, positions=config.pic.positions, row_places=config.row_places, rows=encoder_rows),
-        build_rows([example.reads for example in examples], config.row_places, reads_rows),
+        build_rows([example.reads for example in examples], config.row_places, reads_rows, _steps(examples, config)),
         build_rows(teachers, config.row_places, teacher_rows) if teachers else None,
     )
 
 
-def build_rows(sequences: Sequence[Dialogue], row_places: int, rows: int = 0) -> Rows:
-    """Pack generator sequences into rows, see `arrange`; memory tokens are numbered in the order of the sequences."""
+def _steps(examples: Sequence[Example], config: TrainConfig) -> list[np.ndarray] | None:
+    """How far the position of each token that is read lies from the one before; None: one, of all of them."""
+    if config.pic.generator_positions == "contiguous":
+        return None
+    steps = [np.ones_like(example.reads.ids) for example in examples]
+    for own, example in zip(steps, examples, strict=True):
+        own[example.reads.ids == MEMORY] = example.spans
+    return steps
+
+
+def build_rows(
+    sequences: Sequence[Dialogue], row_places: int, rows: int = 0, steps: Sequence[np.ndarray] | None = None
+) -> Rows:
+    """Pack generator sequences into rows, see `arrange`; memory tokens are numbered in the order of the sequences.
+
+    `steps` says how far the position of each token lies from the one before; None: one.
+    """
     lengths = [len(sequence.ids) for sequence in sequences]
     spots, (rows, width) = arrange(lengths, row_places, rows)
     ids, position_ids = np.zeros((2, rows, width), dtype=np.int64)
@@ -182,7 +197,7 @@ def build_rows(sequences: Sequence[Dialogue], row_places: int, rows: int = 0) ->
         ids[row, here] = np.where(is_memory, 0, sequence.ids)
         slot[row, here][is_memory] = slots + np.arange(count)
         slots += count
-        position_ids[row, here] = np.arange(len(sequence.ids))
+        position_ids[row, here] = np.arange(len(sequence.ids)) if steps is None else steps[number].cumsum() - 1
         owner[row, here] = number
         place = np.flatnonzero(sequence.is_target)
         targets.append(np.stack([np.full(len(place), row), first + place - 1, sequence.ids[place]]))

@@ -54,6 +54,11 @@ class Example:
     teacher: Dialogue | None = None
 
     @property
+    def spans(self) -> np.ndarray:
+        """`(slots,)` text tokens that each memory token of `reads` stands for, in its order."""
+        return np.concatenate([np.empty(0, dtype=np.int64), *(segment.spans for segment in self.segments)])
+
+    @property
     def places(self) -> np.ndarray:
         """`(3,)` places it takes in rows of the encoder, of the generator and of its teacher."""
         dialogues = [len(dialogue.ids) if dialogue else 0 for dialogue in (self.reads, self.teacher)]

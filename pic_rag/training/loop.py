@@ -24,7 +24,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from pic_rag.encoder import PicEncoder
-from pic_rag.models.backbone import ModelRef, load_backbone, reader_id
+from pic_rag.models.backbone import ModelRef, generator_id, load_backbone
 from pic_rag.models.checkpoint import READER_FOLDER, Checkpoint
 from pic_rag.models.quiet import quiet_loading
 from pic_rag.training.batch import Batch, StepDataset
@@ -253,7 +253,6 @@ class Trainer:
     def export(self, folder: Path) -> None:
         """Write the compressor in bfloat16, and the reader as a peft adapter beside it."""
         reader = None
-        generator = self.base
         weights = {
             name: tensor.detach().to("cpu", torch.bfloat16) for name, tensor in self.encoder.trained_state().items()
         }
@@ -261,7 +260,8 @@ class Trainer:
             if isinstance(self.generator, PeftModel):
                 reader = Path(staging, READER_FOLDER)
                 _save_reader(self.generator, reader, self.base.name)
-                generator = ModelRef(self.base.name, reader_id(self.base.id, reader))
+            identity = generator_id(self.base.id, reader, self.config.pic.generator_positions)
+            generator = ModelRef(self.base.name, identity)
             Checkpoint(self.config.pic, self.base, generator, weights, reader).save(folder)
 
     def _resume(self) -> None:

@@ -27,7 +27,7 @@ from pic_rag.evaluation.shortening import Shortener
 from pic_rag.evaluation.systems import AT_REST_SYSTEMS, LINGUA_SYSTEMS, RATIO_SYSTEMS, SYSTEMS, Systems
 from pic_rag.evaluation.tasks import problem_messages, with_examples
 from pic_rag.handles import find_handles
-from pic_rag.models.backbone import ModelRef, load_backbone, reader_id
+from pic_rag.models.backbone import ModelRef, generator_id, load_backbone
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import Question, Row, document_text, pick, read_questions
@@ -90,7 +90,7 @@ def build_compressor(base: Path, folder: Path, reader: Path | None = None) -> Co
     weights = dict(untrained.checkpoint.weights)
     weights["converter.down.weight"] = torch.randn_like(weights["converter.down.weight"]) * 0.2
     ref = untrained.checkpoint.base
-    generator = ref if reader is None else ModelRef(ref.name, reader_id(ref.id, reader))
+    generator = ModelRef(ref.name, generator_id(ref.id, reader, "contiguous"))
     Checkpoint(untrained.config, ref, generator, weights, reader).save(folder)
     return Compressor.from_pretrained(folder, dtype="float32")
 

@@ -438,6 +438,45 @@ def test_a_reader_is_part_of_the_model_id_so_memories_for_it_are_not_read_withou
             wrong.generate(mixed_up.handle, [mixed_up])
 
 
+def test_spread_memory_tokens_sit_where_the_text_would(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    spread = Generator(tiny_model, tiny_tokenizer, name="tiny", generator_positions="spread")
+    text = "Paris is the capital."  # a token a byte: 21
+    embed = tiny_model.get_input_embeddings()
+    made = dataclasses.replace(
+        make_memory(spread, text), ratio=4, embeddings=embed(torch.arange(40, 46)).detach()
+    )  # 6 memory tokens
+    before, after = (tiny_tokenizer(part, return_tensors="pt").input_ids[0] for part in ("Read: ", " Who?"))
+    rows = torch.cat([embed(before), made.embeddings, embed(after)])[None].detach()
+    positions = [0, 1, 2, 3, 4, 5, 9, 13, 17, 21, 25, 26, 27, 28, 29, 30, 31]
+    expected: list[int] = []
+    for _ in range(6):
+        logits = tiny_model(inputs_embeds=rows, position_ids=torch.tensor([positions])).logits
+        expected.append(int(logits[0, -1].argmax()))
+        rows = torch.cat([rows, embed(torch.tensor([[expected[-1]]])).detach()], dim=1)
+        positions.append(positions[-1] + 1)
+    longer = f"Read this, all of it: {made.handle} Who?"
+    for prompts in ([f"Read: {made.handle} Who?"], [longer, f"Read: {made.handle} Who?"]):  # alone, and padded
+        assert spread.generate(prompts, [made], max_new_tokens=6)[-1].token_ids == expected
+    contiguous = Generator(tiny_model, tiny_tokenizer, name="tiny")
+    same = dataclasses.replace(made, generator=contiguous.model_id)
+    assert contiguous.generate(f"Read: {same.handle} Who?", [same], max_new_tokens=6)[0].token_ids != expected
+
+
+def test_a_memory_for_other_positions_is_refused_and_spread_ones_count_as_their_text(
+    generator: Generator, memory: Memory
+) -> None:
+    spread = Generator(generator.model, generator.tokenizer, name="tiny", generator_positions="spread")
+    with pytest.raises(ValueError, match=r"was made for 'tiny@[0-9a-f]{16}' .* but the generator is 'tiny@.*~spread'"):
+        spread.generate(memory.handle, [memory])
+    long = dataclasses.replace(
+        memory, generator=spread.model_id, ratio=64, text_tokens=1984, embeddings=memory.embeddings[:31]
+    )
+    with pytest.raises(ValueError, match=r"context of 2048 tokens, got 1984 \+ 65\. .* or retrieve less text"):
+        spread.generate(long.handle, [long], max_new_tokens=65)
+
+
 def test_many_threads_get_what_one_thread_gets_reader_or_not(
     reading: Generator, read_memory: Memory, prompts: list[Any]
 ) -> None:

@@ -90,13 +90,15 @@ def make_prompts(first: Memory, second: Memory, third: Memory) -> list[Any]:
     ]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=[*FAMILIES, "llama, spread"])
 def pair(request: pytest.FixtureRequest, tiny_tokenizer: PreTrainedTokenizerFast) -> tuple[Generator, Generator]:
     """The same model twice: one keeps what it has read."""
-    model = make_model(FAMILIES[request.param], tiny_tokenizer)
+    family, spread, _ = request.param.partition(", spread")
+    model = make_model(FAMILIES[family], tiny_tokenizer)
     assert supports_reuse(model) == (request.param not in WITHOUT_REUSE)
-    return Generator(model, tiny_tokenizer, name="tiny"), Generator(
-        model, tiny_tokenizer, name="tiny", prefix_cache_bytes=0
+    settings: dict[str, Any] = {"name": "tiny", "generator_positions": "spread" if spread else "contiguous"}
+    return Generator(model, tiny_tokenizer, **settings), Generator(
+        model, tiny_tokenizer, **settings, prefix_cache_bytes=0
     )
 
 

@@ -422,6 +422,15 @@ def test_what_serves_a_compressor_is_named_by_its_weights(
         serve_arguments(other)
 
 
+def test_memories_read_at_spread_positions_are_refused_before_anything_is_started(checkpoint: Checkpoint) -> None:
+    spread = dataclasses.replace(
+        checkpoint, config=dataclasses.replace(checkpoint.config, generator_positions="spread")
+    )
+    for use in (VLLMGenerator.connect, VLLMGenerator.offline, serve_arguments):
+        with pytest.raises(ValueError, match="generator_positions must be contiguous for vLLM, got 'spread'"):
+            use(checkpoint=spread)
+
+
 @pytest.mark.embedded
 def test_serve_prints_the_command_of_the_shipped_compressor(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "--print", "--", "--port", "8001"]) == 0

@@ -16,7 +16,7 @@ from pic_rag.generation.completion import Completion
 from pic_rag.generation.engine import end_token_ids
 from pic_rag.generation.sampling import Sampling
 from pic_rag.generation.vllm.offline import OfflineEngine
-from pic_rag.generation.vllm.serve import model_folder, served_names
+from pic_rag.generation.vllm.serve import model_folder, servable, served_names
 from pic_rag.generation.vllm.server import ServerEngine
 from pic_rag.models.backbone import resolve_dtype
 from pic_rag.models.checkpoint import Checkpoint
@@ -78,9 +78,10 @@ class VLLMGenerator(BaseGenerator):
             ImportError: when the openai client is not installed.
             ConnectionError: when no server answers.
             PermissionError: when the server wants another `api_key`.
-            ValueError: when the server does not serve the generator, or not with its reader.
+            ValueError: when the server does not serve the generator, or not with its reader, or when the memories are
+                read at spread positions.
         """
-        checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.load(checkpoint)
+        checkpoint = servable(checkpoint)
         folder = model_folder(name_or_path or checkpoint.generator.name)
         model, tokenizer = _skeleton(folder, dtype), AutoTokenizer.from_pretrained(folder)
         names = served_names(checkpoint.generator.id)
@@ -114,8 +115,9 @@ class VLLMGenerator(BaseGenerator):
 
         Raises:
             ImportError: when vLLM is not installed.
+            ValueError: when the memories are read at spread positions.
         """
-        checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.load(checkpoint)
+        checkpoint = servable(checkpoint)
         folder = model_folder(name_or_path or checkpoint.generator.name)
         model, tokenizer = _skeleton(folder, dtype), AutoTokenizer.from_pretrained(folder)
         engine = OfflineEngine(

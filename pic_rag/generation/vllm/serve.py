@@ -8,7 +8,7 @@ from typing import Any
 from safetensors import safe_open
 
 from pic_rag.models import embedded
-from pic_rag.models.backbone import EMBEDDED_NAME
+from pic_rag.models.backbone import EMBEDDED_NAME, plain_id
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.models.pair import load_generator
 
@@ -20,14 +20,28 @@ def model_folder(name_or_path: str | Path) -> str:
     return str(embedded.generator_path()) if str(name_or_path) == EMBEDDED_NAME else str(name_or_path)
 
 
+def servable(checkpoint: Checkpoint | str | Path | None) -> Checkpoint:
+    """The compressor's checkpoint, loaded if only its name is given.
+
+    Raises:
+        ValueError: when its memories are read at spread positions, which vLLM has no way to be told.
+    """
+    loaded = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.load(checkpoint)
+    if loaded.config.generator_positions != "contiguous":
+        raise ValueError(
+            f"generator_positions must be contiguous for vLLM, got {loaded.config.generator_positions!r}. "
+            "Read these memories with pic_rag.Generator, in process."
+        )
+    return loaded
+
+
 def served_names(model_id: str) -> tuple[str, str]:
     """What the generator and the generator with its reader are served as: their ids. Without a reader they are one.
 
     >>> served_names("SmolLM2@9ec930d6+0f59d511")
     ('SmolLM2@9ec930d6', 'SmolLM2@9ec930d6+0f59d511')
     """
-    name, _, digest = model_id.rpartition("@")
-    return f"{name}@{digest.partition('+')[0]}", model_id
+    return plain_id(model_id), model_id
 
 
 def reader_settings(reader: Path | None) -> dict[str, Any]:
@@ -61,9 +75,9 @@ def serve_arguments(
         name_or_path: where the generator is, when it is not where the checkpoint says.
 
     Raises:
-        ValueError: when the model found there is another than the memories are made for.
+        ValueError: when the model found there is another than the memories are made for, or they are not `servable`.
     """
-    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else Checkpoint.load(checkpoint)
+    checkpoint = servable(checkpoint)
     source = name_or_path or checkpoint.generator.name
     generator, reader = served_names(checkpoint.generator.id)
     load_generator(checkpoint, source, device="cpu", dtype="bfloat16")  # only to compare its weights
