@@ -141,6 +141,7 @@ class Assembler:
         check_unicode("prompt", text)
         pieces = split_handles(text)
         read = [self._resolve(piece, memories) for is_handle, piece in pieces if is_handle]
+        self._check_finite(read)
         upcoming = iter(read)
         token_ids = [
             token_id
@@ -178,18 +179,22 @@ class Assembler:
         if handle not in memories:
             raise UnknownHandleError(handle, len(memories))
         memory = memories[handle]
-        whose = f"Memory of {memory.source!r}" if memory.source else "Memory"
         if memory.generator != self.model_id or memory.hidden != self.hidden:
             raise ValueError(
-                f"{whose} was made for {memory.generator!r} (hidden {memory.hidden}) but the generator is "
+                f"{_whose(memory)} was made for {memory.generator!r} (hidden {memory.hidden}) but the generator is "
                 f"{self.model_id!r} (hidden {self.hidden}). "
                 "Compress again with a compressor trained for this generator."
             )
-        if not memory.embeddings.to(self.model.dtype).isfinite().all():
-            raise ValueError(
-                f"{whose} must be finite in {self.model.dtype}, got NaN or infinity behind {handle}. Compress it again."
-            )
         return memory
+
+    def _check_finite(self, memories: Sequence[Memory]) -> None:
+        dtype = self.model.dtype
+        if not memories or torch.cat([memory.embeddings.to(dtype) for memory in memories]).isfinite().all():
+            return
+        wrong = next(memory for memory in memories if not memory.embeddings.to(dtype).isfinite().all())
+        raise ValueError(
+            f"{_whose(wrong)} must be finite in {dtype}, got NaN or infinity behind {wrong.handle}. Compress it again."
+        )
 
 
 def restore(prompt: Prompt, texts: Mapping[str, str]) -> Prompt:
@@ -223,6 +228,10 @@ def _restore_part(part: str | Mapping[str, Any], texts: Mapping[str, str]) -> ob
     if isinstance(part, str):
         return restore(part, texts)
     return {**part, "text": restore(part["text"], texts)} if "text" in part else part
+
+
+def _whose(memory: Memory) -> str:
+    return f"Memory of {memory.source!r}" if memory.source else "Memory"
 
 
 def _flatten(message: Mapping[str, Any]) -> dict[str, Any]:
