@@ -30,12 +30,14 @@ COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "too_long": ("too long", lambda row: _number(row, "too_long", "")),
     "bytes": ("bytes a document", lambda row: _number(row, "document_bytes_mean", ",.0f")),
     "seconds": ("seconds", lambda row: _number(row, "seconds", ".1f")),
+    "batch": ("questions at once", lambda row: _number(row, "batch_size", "")),
     "context": ("context tokens", lambda row: _number(row, "context_tokens", ",d")),
     "cache": ("memories", lambda row: row.get("cache") or ""),
+    "first": ("first token, seconds", lambda row: _number(row, "first_token_s", ".2f")),
     "sooner": ("first token sooner", lambda row: _number(row, "first_token_sooner", ".2f")),
     "faster": ("whole answer faster", lambda row: _number(row, "faster", ".2f")),
 }
-"""What a table may show: heading, and how a row of a report says it. The last four are of `pic-rag bench`."""
+"""What a table may show: heading, and how a row of a report says it. From `batch` on they are of `pic-rag bench`."""
 
 DEFAULT_COLUMNS = ("system", "ratio", "f1", "em", "contains", "agreement", "prompt", "text", "seconds")
 
@@ -48,7 +50,7 @@ def report_table(
     Args:
         report: what `pic-rag eval --json` wrote.
         columns: keys of `COLUMNS`.
-        rows: which, in that order: a system, or a system and a ratio as `pic:4`; None: all as they come.
+        rows: which, in that order: a system, or a system and a ratio as `pic:4`; None: all that were measured, as they come.
 
     Raises:
         ValueError: when there is no such column or row.
@@ -56,7 +58,8 @@ def report_table(
     for column in columns:
         if column not in COLUMNS:
             raise ValueError(f"columns must be some of {', '.join(COLUMNS)}, got {column!r}.")
-    shown = report["rows"] if rows is None else [_find(report["rows"], name) for name in rows]
+    measured = [row for row in report["rows"] if not row.get("skipped")]
+    shown = measured if rows is None else [_find(measured, name) for name in rows]
     return markdown_table(
         [COLUMNS[column][0] for column in columns], [[COLUMNS[column][1](row) for column in columns] for row in shown]
     )
