@@ -50,7 +50,7 @@ def report_table(
     Args:
         report: what `pic-rag eval --json` wrote.
         columns: keys of `COLUMNS`.
-        rows: which, in that order: a system, or a system and a ratio as `pic:4`; None: all that were measured, as they come.
+        rows: which, in that order: a system, or a system and a ratio as `pic:4`; None: all measured ones, as they come.
 
     Raises:
         ValueError: when there is no such column or row.
