@@ -62,4 +62,4 @@ SUITES = {
     ),
     "gpu": Suite(repeats=3, new_tokens=16, patience_s=8.0, lingua_tokens=2**14),
 }
-"""`cpu` takes a quarter of an hour on two cores with the embedded models; `gpu` is the whole grid, `--minutes` ends it."""
+"""`cpu` takes a quarter of an hour on two cores with the embedded models; `gpu` is the whole grid: see `--minutes`."""
