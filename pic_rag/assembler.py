@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jinja2 import TemplateError
@@ -86,6 +86,9 @@ class Assembler:
         tokenizer: its tokenizer, with its chat template when messages are to be read.
         model_id: `name@digest` of the generator; a memory must carry the same one.
         generator_positions: where memory tokens sit, see `PicConfig`.
+
+    Raises:
+        ValueError: when `generator_positions` is neither "contiguous" nor "spread".
     """
 
     def __init__(
@@ -96,6 +99,9 @@ class Assembler:
         model_id: str,
         generator_positions: GeneratorPositions = "contiguous",
     ) -> None:
+        if generator_positions not in get_args(GeneratorPositions):
+            known = " or ".join(get_args(GeneratorPositions))
+            raise ValueError(f"generator_positions must be {known}, got {generator_positions!r}.")
         self.model = model
         self.tokenizer = tokenizer
         self.model_id = model_id

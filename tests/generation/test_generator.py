@@ -470,6 +470,8 @@ def test_a_memory_for_other_positions_is_refused_and_spread_ones_count_as_their_
     spread = Generator(generator.model, generator.tokenizer, name="tiny", generator_positions="spread")
     with pytest.raises(ValueError, match=r"was made for 'tiny@[0-9a-f]{16}' .* but the generator is 'tiny@.*~spread'"):
         spread.generate(memory.handle, [memory])
+    with pytest.raises(ValueError, match="generator_positions must be contiguous or spread, got 'apart'"):
+        Generator(generator.model, generator.tokenizer, name="tiny", generator_positions="apart")  # type: ignore[arg-type]
     long = dataclasses.replace(
         memory, generator=spread.model_id, ratio=64, text_tokens=1984, embeddings=memory.embeddings[:31]
     )
