@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pic_rag.chunking import strides
 from pic_rag.config import GeneratorPositions
 from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, replace_handles, split_handles
 from pic_rag.memory import Memory
@@ -57,10 +59,11 @@ class Assembled:
 
     @property
     def position_ids(self) -> torch.Tensor:
-        """`(rows,)` int64: a spread memory token sits where the last token of its span would."""
+        """`(rows,)` int64: the last token of a spread memory sits where the last token of its text would."""
         steps = torch.ones_like(self.token_ids)
         if self.memories and self.generator_positions == "spread":
-            steps[self.token_ids == MEMORY_ROW] = torch.cat([memory.spans for memory in self.memories])
+            read = [strides(memory.memory_tokens, memory.text_tokens, memory.ratio) for memory in self.memories]
+            steps[self.token_ids == MEMORY_ROW] = torch.from_numpy(np.concatenate(read))
         return steps.cumsum(0) - 1
 
     @property

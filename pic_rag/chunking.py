@@ -32,6 +32,7 @@ class Segment:
         start: `(slots,)` first text token of the slot's span.
         stop: `(slots,)` one past its last.
         chunk_tokens: text tokens in a full chunk.
+        ratio: text tokens per slot.
         offset: position of the first text token (not 0 once a chunk is folded out of its segment).
     """
 
@@ -40,6 +41,7 @@ class Segment:
     start: np.ndarray
     stop: np.ndarray
     chunk_tokens: int
+    ratio: int
     offset: int = 0
 
     @property
@@ -48,9 +50,9 @@ class Segment:
         return len(self.token_ids) + len(self.chunk)
 
     @property
-    def spans(self) -> np.ndarray:
-        """`(slots,)` text tokens that each slot stands for."""
-        return self.stop - self.start
+    def strides(self) -> np.ndarray:
+        """`(slots,)`, see `strides`."""
+        return strides(len(self.chunk), len(self.token_ids), self.ratio)
 
 
 def text_windows(text: str) -> Iterator[str]:
@@ -144,7 +146,18 @@ def place_slots(token_ids: np.ndarray, ratio: int, slots_per_chunk: int) -> Segm
         edges = full * chunk_tokens + np.arange(last + 1) * rest // last
         start, stop = np.concatenate([start, edges[:-1]]), np.concatenate([stop, edges[1:]])
         chunk = np.concatenate([chunk, np.full(last, full)])
-    return Segment(token_ids, chunk, start, stop, chunk_tokens)
+    return Segment(token_ids, chunk, start, stop, chunk_tokens, ratio)
+
+
+def strides(slots: int, text_tokens: int, ratio: int) -> np.ndarray:
+    """`(slots,)` how far each memory token of a text lies behind the one before where a prompt spreads them.
+
+    `ratio`, and for the last one what is left: the same whatever a text's segments and chunks.
+
+    >>> strides(3, text_tokens=10, ratio=4).tolist()
+    [4, 4, 2]
+    """
+    return np.diff(np.minimum(np.arange(slots + 1) * ratio, text_tokens))
 
 
 def fold(segment: Segment) -> list[Segment]:
@@ -159,6 +172,7 @@ def fold(segment: Segment) -> list[Segment]:
                 segment.start[own] - begin,
                 segment.stop[own] - begin,
                 segment.chunk_tokens,
+                segment.ratio,
                 segment.offset + begin,
             )
         )

@@ -146,7 +146,7 @@ def build_layout(
 def _slot_arrays(
     segments: Sequence[Segment], spots: Sequence[tuple[int, int]]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    span = max(1, max(int(segment.spans.max(initial=1)) for segment in segments))
+    span = max(1, max(int((segment.stop - segment.start).max(initial=1)) for segment in segments))
     rows, places, spans = [], [], []
     for segment, (row, first) in zip(segments, spots, strict=True):
         slots = len(segment.chunk)

@@ -105,12 +105,6 @@ class Memory:
         return self.embeddings.shape[1]
 
     @property
-    def spans(self) -> torch.Tensor:
-        """`(memory_tokens,)` int64, text tokens that each memory token stands for: `ratio`, the last one the rest."""
-        reached = (torch.arange(self.memory_tokens + 1) * self.ratio).clamp(max=self.text_tokens)
-        return reached.diff()
-
-    @property
     def handle(self) -> str:
         """The handle that stands for this memory in a prompt."""
         return make_handle(

@@ -260,22 +260,27 @@ def test_spread_memories_leave_every_target_where_the_text_would_have_it(data, t
 @pytest.mark.parametrize("reader_rank", [0, 2], ids=["frozen", "reader"])
 def test_a_compressor_is_read_as_it_was_trained_at_either_positions(data, tmp_path, reader_rank):
     asked = next(iter(read_eval_questions(data / "questions.jsonl")))
+    long = "Bell 0 rang late, and nobody knew why. " * 4  # several segments, the last chunk of odd length
+    asked = dataclasses.replace(asked, contexts=(*asked.contexts, dataclasses.replace(asked.contexts[0], text=long)))
     losses = {}
     for positions in ("contiguous", "spread"):
         pic = {"segment_tokens": 64, "ratios": [4, 8], "lora_rank": 4, "generator_positions": positions}
         fields = {"steps": 2, "tasks": {"questions": 1}, "reader_rank": reader_rank, "pic": pic}
         trainer = Trainer(_config(data, tmp_path / positions, **fields), Accelerator())
         folder = trainer.run(None, False)
-        [batch] = build_batches("questions", [trainer.factory.pose(asked, 4)], trainer.config, 1)
+        [batch] = build_batches("questions", [trainer.factory.pose(asked, 8)], trainer.config, 1)
         with torch.no_grad():
             losses[positions] = trainer.model.measure(batch)[0].item()
         compressor = Compressor.from_pretrained(folder, device="cpu", dtype="float32")
         generator = Generator.from_checkpoint(compressor.checkpoint, device="cpu", dtype="float32")
         assert generator.model_id.endswith("~spread") == (positions == "spread")
-        memories = compressor.compress([context.document for context in asked.contexts], 4)
+        memories = compressor.compress([context.document for context in asked.contexts], 8)
         prompt = rag_messages(asked.question, [memory.handle for memory in memories])
+        assembled = generator._assembler.assemble(prompt, {memory.handle: memory for memory in memories})
+        trained = batch.reads.position_ids[0, : assembled.prompt_tokens]
+        assert torch.equal(assembled.position_ids, trained)
         [log_probs] = generator.score([prompt], [batch.reads.target_ids], memories)
-        assert -log_probs.mean().item() == pytest.approx(losses[positions], abs=5e-3)
+        assert -log_probs.mean().item() == pytest.approx(losses[positions], abs=1.5e-2)  # saved in bfloat16
     assert losses["spread"] != pytest.approx(losses["contiguous"], abs=2e-2)
 
 

@@ -89,10 +89,14 @@ class FidelityCheck:
         for text, memory, own in zip(texts, memories, tokens, strict=True):
             _check_match(text, memory, own)
         targets = [part for own in tokens for part in _split(own.ids, self.segment_tokens)]
-        pieces = [
-            replace(memory, embeddings=part)
+        parts = [
+            (memory, part)
             for memory in memories
             for part in _split(memory.embeddings, self.segment_tokens // memory.ratio)
+        ]
+        pieces = [
+            replace(memory, embeddings=part, text_tokens=len(target))
+            for (memory, part), target in zip(parts, targets, strict=True)
         ]
         handles = [f"[[pic:{number:032x}]]" for number in range(len(pieces))]  # pieces of one memory share its own
         log_probs = self.generator.score(

@@ -172,7 +172,7 @@ def _steps(examples: Sequence[Example], config: TrainConfig) -> list[np.ndarray]
         return None
     steps = [np.ones_like(example.reads.ids) for example in examples]
     for own, example in zip(steps, examples, strict=True):
-        own[example.reads.ids == MEMORY] = example.spans
+        own[example.reads.ids == MEMORY] = example.strides
     return steps
 
 

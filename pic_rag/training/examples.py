@@ -54,9 +54,9 @@ class Example:
     teacher: Dialogue | None = None
 
     @property
-    def spans(self) -> np.ndarray:
-        """`(slots,)` text tokens that each memory token of `reads` stands for, in its order."""
-        return np.concatenate([np.empty(0, dtype=np.int64), *(segment.spans for segment in self.segments)])
+    def strides(self) -> np.ndarray:
+        """`(slots,)` how far each memory token of `reads` lies behind the one before, where they are spread."""
+        return np.concatenate([np.empty(0, dtype=np.int64), *(segment.strides for segment in self.segments)])
 
     @property
     def places(self) -> np.ndarray:
