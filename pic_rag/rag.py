@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Generator as TextStream
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,8 @@ from pic_rag.handles import escape_handles
 from pic_rag.memory import Memory
 from pic_rag.models import embedded
 from pic_rag.prompts import rag_messages
-from pic_rag.retrieval.documents import Document, DocumentError, load_documents
+from pic_rag.retrieval.documents import Document, DocumentError, load_documents, real_path
+from pic_rag.retrieval.index_folder import damaged, write_file
 from pic_rag.retrieval.retriever import Hit, Retriever
 from pic_rag.store import STORE_FILE, MemoryCache, MemoryStore, SQLiteStore
 
@@ -152,18 +154,22 @@ class PicRag:
         Args:
             folder: the index.
             **loading: `generator`, `namespace`, `device`, `dtype`, `embedder`, as for `from_pretrained`; `compressor`
-                to use another than the one the index was saved with.
+                to use another than the one the index was saved with, `store` to keep memories elsewhere.
 
         Raises:
             FileNotFoundError: when there is no index.
+            RetrieverError: when it is damaged.
         """
         path = Path(folder) / SETTINGS_FILE
         if not path.is_file():
             raise FileNotFoundError(f"folder must be an index that PicRag.save wrote, got {str(folder)!r}.")
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        loading.setdefault("compressor", settings["compressor"])
+        try:
+            loading.setdefault("compressor", json.loads(path.read_text(encoding="utf-8"))["compressor"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise damaged(Path(folder), f"an unreadable '{SETTINGS_FILE}' ({error})") from error
         retriever = Retriever.load(folder, loading.pop("embedder", None))
-        return cls._around(retriever, store=SQLiteStore(Path(folder) / STORE_FILE), **loading)
+        store = loading.pop("store", None) or SQLiteStore(Path(folder) / STORE_FILE)
+        return cls._around(retriever, store=store, **loading)
 
     @classmethod
     def _around(
@@ -189,7 +195,7 @@ class PicRag:
         if name is not None and Path(name).is_dir():
             name = str(Path(name).resolve())  # the index may be opened from another folder
         settings = {"compressor": name}
-        (target / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_file(target / SETTINGS_FILE, f"{json.dumps(settings, indent=2)}\n".encode())
         kept = self.cache
         self.cache = MemoryCache(
             SQLiteStore(target / STORE_FILE), kept.fingerprint, namespace=kept.namespace, at_rest=kept.at_rest
@@ -208,7 +214,7 @@ class PicRag:
         loaded = load_documents(paths, progress=progress)
         self.add(loaded.documents, progress=progress)
         known = {document.source for document in loaded.documents}
-        roots = [Path(path).resolve() for path in paths]
+        roots = [Path(place) for path in paths for place in (os.path.abspath(path), real_path(path))]
         self.retriever.remove(
             passage.source
             for passage in self.retriever.passages
@@ -363,7 +369,10 @@ class PicRag:
 
 def _is_under(path: str | None, roots: Sequence[Path]) -> bool:
     """Whether a passage came from a file in one of these folders, or from one of these files."""
-    return path is not None and any(Path(path).is_relative_to(root) for root in roots)
+    if path is None:
+        return False
+    places = (Path(path), Path(real_path(Path(path).parent), Path(path).name))
+    return any(place.is_relative_to(root) for place in places for root in roots)
 
 
 class _Watch:

@@ -11,6 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 import pic_rag
 from pic_rag.cli import ask, average, bench, compress, demo, evaluate, fetch, inspect, report, serve, study, train
@@ -33,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: code 2 for wrong usage, 0 for `--help` and `--version`.
     """
     args = build_parser().parse_args(argv)
+    for name in ("stdout", "stderr"):  # None where the caller has closed it
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for the whole process
     try:
         with shown_warnings(debug=args.debug):
             code = int(args.run(args))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     """Index what is new, then ask."""
     if not args.docs and not _is_index(args.index):
         args.usage_error("name documents with --docs, or an index that exists with --index")
+    if not args.question.strip():
+        args.usage_error("QUESTION must hold at least one word, got none")
     rag = _open(args)
     if not len(rag.retriever):
         raise ValueError("--docs must name at least one document that can be read, got none.")
@@ -106,12 +109,16 @@ def _open(args: argparse.Namespace) -> PicRag:
         from pic_rag.rag import PicRag
 
         calm_libraries(bars=show_bars(args))
-        known = _is_index(args.index)
-        rag = PicRag.load(args.index, **loading(args)) if known else PicRag.from_pretrained(**loading(args))
-    before = rag.retriever.passages
-    rag.add_files(args.docs, progress=progress(args))
-    if args.index is not None and rag.retriever.passages != before:
-        rag.save(args.index)
+        from pic_rag.retrieval.index_folder import updating
+    changes = args.index is not None and args.docs
+    with updating(args.index) if changes else nullcontext():  # two at once: one after the other
+        with status("Loading the models", quiet=args.quiet):
+            known = _is_index(args.index)
+            rag = PicRag.load(args.index, **loading(args)) if known else PicRag.from_pretrained(**loading(args))
+        before = rag.retriever.passages
+        rag.add_files(args.docs, progress=progress(args))
+        if args.index is not None and rag.retriever.passages != before:
+            rag.save(args.index)
     return rag
 
 

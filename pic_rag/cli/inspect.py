@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,14 +57,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def read(text: str) -> str:
-    """The text itself, or what is in the file of that name."""
-    from pic_rag.retrieval.documents import load_documents
+    """The text itself, or what is in the file of that name; a word that ends as files do has to be one's name."""
+    from pic_rag.retrieval.documents import SUFFIXES, load_documents
 
-    try:
-        is_file = Path(text).is_file()
-    except OSError:  # too long for a name
-        is_file = False
-    return load_documents(text, on_error="raise", progress=False).documents[0].text if is_file else text
+    named = len(text.split()) == 1 and text.lower().endswith(SUFFIXES)
+    if named or os.path.exists(text):
+        return load_documents(text, on_error="raise", progress=False).documents[0].text
+    return text
 
 
 def _config(compressor: Compressor, preset: str | None) -> PicConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +64,7 @@ def names(text: str) -> tuple[str, ...]:
 def minutes(text: str) -> float:
     """A time above zero, for argparse."""
     number = float(text)
-    if number <= 0:
+    if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
     return number
 

@@ -136,9 +136,7 @@ class BaseGenerator:
             ValueError: when a memory was made for another generator, a prompt is empty or does not fit
                 `context_tokens`, or a setting is out of range.
         """
-        batch_size = self._engine.batch_size if batch_size is None else batch_size
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}. Use 1 to decode one prompt at a time.")
+        batch_size = self._check_batch_size(batch_size)
         sampling = Sampling(max_new_tokens, stop, temperature, top_p, seed)
         known = by_handle(memories)
         assembled = [self._assemble(prompt, known, max_new_tokens) for prompt in _as_batch(prompts)]
@@ -186,6 +184,8 @@ class BaseGenerator:
         self,
         prompts: Prompt | Sequence[Prompt],
         memories: Iterable[Memory] | Mapping[str, Memory] = (),
+        *,
+        batch_size: int | None = None,
         **settings: Any,  # noqa: ANN401 - generate's settings
     ) -> list[Generation]:
         """`generate` for coroutines: the event loop goes on, and a cancelled call stops the model.
@@ -193,17 +193,19 @@ class BaseGenerator:
         Args:
             prompts: as for `generate`.
             memories: likewise.
+            batch_size: likewise.
             **settings: `max_new_tokens`, `stop`, `temperature`, `top_p`, `seed`, likewise.
 
         Raises:
             UnknownHandleError: see `generate`.
             ValueError: see `generate`.
         """
+        batch_size = self._check_batch_size(batch_size)
         sampling = Sampling(**settings)
         known = by_handle(memories)
         assembled = [self._assemble(prompt, known, sampling.max_new_tokens) for prompt in _as_batch(prompts)]
         completions = [self._completion(sampling) for _ in assembled]
-        for group in groups(assembled, self._engine.batch_size):
+        for group in groups(assembled, batch_size):
             await self._adecode([assembled[at] for at in group], [completions[at] for at in group], sampling)
         return [_generation(*pair) for pair in zip(assembled, completions, strict=True)]
 
@@ -272,6 +274,13 @@ class BaseGenerator:
         finally:
             for completion in completions:
                 completion.abandoned = True  # of a cancelled call: the thread goes on to its next token
+
+    def _check_batch_size(self, batch_size: int | None) -> int:
+        if batch_size is None:
+            return self._engine.batch_size
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}. Use 1 to decode one prompt at a time.")
+        return batch_size
 
     def _assemble(self, prompt: Prompt, memories: Mapping[str, Memory], max_new_tokens: int) -> Assembled:
         assembled = self._assembler.assemble(prompt, memories)

@@ -11,6 +11,8 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from pic_rag.handles import OPENING, escape_handles
+
 FinishReason = Literal["stop", "length"]
 _UNSETTLED = "\N{REPLACEMENT CHARACTER}"  # what decode returns for the first bytes of a longer character
 
@@ -58,12 +60,15 @@ class Detokenizer:
 class Completion:
     """One answer, token by token, ended by an end token, a stop string or its length.
 
+    No model knows a handle, so one that it writes was in a text that it read, and is escaped: the answer can be part of
+    the next prompt.
+
     Args:
         tokenizer: the generator's.
         end_token_ids: tokens that end an answer; they count as tokens and add no text.
         max_new_tokens: length at which the answer ends in any case.
         stop: strings that end the answer and are not part of it.
-        on_text: called with each piece of text as soon as no stop string can begin in it.
+        on_text: called with each piece of text as soon as no stop string and no handle can begin in it.
         on_end: called after the last piece.
     """
 
@@ -88,7 +93,7 @@ class Completion:
         self._on_end = on_end
         self._detokenizer = Detokenizer(tokenizer)
         self._pieces: list[str] = []
-        self._held = ""  # may be the beginning of a stop string
+        self._held = ""  # may be the beginning of a stop string, or of a handle
 
     @property
     def text(self) -> str:
@@ -132,7 +137,7 @@ class Completion:
             self._release(text[: min(found)])
             self.finish_reason = "stop"  # only now: another thread may be waiting for it
             return
-        certain = len(text) - max((_overlap(text, stop) for stop in self._stop), default=0)
+        certain = len(text) - max(_overlap(text, held) for held in (OPENING, *self._stop))
         self._held = text[certain:]
         self._release(text[:certain])
 
@@ -143,6 +148,7 @@ class Completion:
             self.finish_reason = reason
 
     def _release(self, text: str) -> None:
+        text = escape_handles(text)
         if text:
             self._pieces.append(text)
             if self._on_text is not None:

@@ -83,6 +83,7 @@ class Generator(BaseGenerator):
         batch_size: int = BATCH_PROMPTS,
         merge_calls: bool = False,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
+        generator_positions: GeneratorPositions = "contiguous",
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
@@ -95,6 +96,7 @@ class Generator(BaseGenerator):
             batch_size: most prompts decoded together, as for the class.
             merge_calls: whether waiting calls share a batch, as for the class.
             prefix_cache_bytes: keys and values of memories to keep, as for the class.
+            generator_positions: as for the class.
             device: as torch names it; None picks the best there is.
             dtype: such as "bfloat16"; None picks what the device is fast at.
             attn_implementation: "sdpa", "eager" or "flex_attention"; None leaves it to transformers.
@@ -108,6 +110,7 @@ class Generator(BaseGenerator):
             batch_size=batch_size,
             merge_calls=merge_calls,
             prefix_cache_bytes=prefix_cache_bytes,
+            generator_positions=generator_positions,
         )
 
     @classmethod

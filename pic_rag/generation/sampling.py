@@ -39,6 +39,9 @@ class Sampling:
         if not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}. Use 1 to keep every token.")
 
+        if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
+            raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}. Use None for any.")
+
     def processors(self, prompts: int, device: torch.device) -> LogitsProcessorList:
         """What `model.generate` applies to the scores of a batch of `prompts`; nothing when greedy."""
         if self.temperature == 0.0:

@@ -83,8 +83,19 @@ def load_backbone(
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
-    """The device to use: the given one, else cuda, mps or cpu, whichever is there first."""
+    """The device to use: the given one, else cuda, mps or cpu, whichever is there first.
+
+    Raises:
+        ValueError: when torch knows no device of that name, or this machine has none.
+    """
     if device is not None:
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"device must be one that torch can use here, such as cpu or cuda, got {str(device)!r}: {reason}"
+            ) from error
         return torch.device(device)
     if torch.cuda.is_available():
         return torch.device("cuda")

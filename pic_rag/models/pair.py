@@ -31,11 +31,12 @@ def load_models(
     """
     load = partial(load_backbone, **loading)
     one_model = _digest(checkpoint.base.id) == _digest(plain_id(checkpoint.generator.id))
-    base = _load(load, "base_model", base_model or (generator if one_model else None) or checkpoint.base.name)
+    argument = "generator" if one_model and generator and not base_model else "base_model"
+    base = _load(load, argument, base_model or (generator if one_model else None) or checkpoint.base.name)
     if _digest(base.ref.id) != _digest(checkpoint.base.id):
         raise ValueError(
             f"The base model must be {checkpoint.base.id!r}, which this compressor was trained on, got "
-            f"{base.ref.id!r}. Pass the right folder or hub id as base_model."
+            f"{base.ref.id!r}. Pass the right folder or hub id as {argument}."
         )
     return base, base if one_model else _load_generator(load, checkpoint.generator, generator)
 

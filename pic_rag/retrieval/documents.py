@@ -10,6 +10,7 @@ import codecs
 import hashlib
 import logging
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,10 +122,10 @@ def find_documents(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path | D
     """Yield each file that `load_documents` would load, once, and an error for each folder that leads to none."""
     seen: set[str] = set()
     for root in (Path(os.path.normpath(path)) for path in paths):
-        for item in _walk_folder(root) if root.is_dir() else (root,):
+        for item in _walk_folder(root) if os.path.isdir(root) else (root,):
             if isinstance(item, DocumentError):
                 yield item
-            elif (key := os.path.realpath(item)) not in seen:
+            elif (key := real_path(item)) not in seen:
                 seen.add(key)
                 yield item
 
@@ -154,24 +155,35 @@ def load_document(path: Path) -> Document:
     """
     source = _label(path)
     suffix = path.suffix.lower()
-    if not path.exists():
-        raise DocumentError(source, "exist", "no such file or folder", "Check the path.")
-    if not path.is_file():
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise DocumentError(source, "exist", "no such file or folder", "Check the path.") from error
+    except (OSError, ValueError) as error:  # not allowed, too long, a zero character
+        raise DocumentError(source, "be a path that can be read", _reason(error), "Check the path.") from error
+    if not stat.S_ISREG(status.st_mode):
         raise DocumentError(source, "be a file or a folder", "something else", "Name a regular file.")
     if suffix not in SUFFIXES:
         got = f"'{suffix}'" if suffix else "none"
         raise DocumentError(source, f"have one of the endings {', '.join(SUFFIXES)}", got, "Convert or rename it.")
     read: Callable[[Path], tuple[str, dict[str, Any]]] = _read_pdf if suffix == ".pdf" else _read_text
     try:
-        if path.stat().st_size == 0:
+        if status.st_size == 0:
             raise DocumentError(source, "hold text", "an empty file (0 bytes)", "Fill or remove it.")
         text, metadata = read(path)
     except OSError as error:
         raise DocumentError(source, "be readable", _reason(error), "Check the file and its permissions.") from error
     if not text.strip():
         raise DocumentError(source, "hold text", "white space only", "Fill or remove it.")
-    where = str(path.parent.resolve() / path.name)
-    return Document.from_text(text, source=source, metadata={"path": where, **metadata})
+    return Document.from_text(text, source=source, metadata={"path": os.path.abspath(path), **metadata})
+
+
+def real_path(path: str | os.PathLike[str]) -> str:
+    """The absolute path without links; with them where they cannot be followed."""
+    try:
+        return os.path.realpath(path)
+    except (OSError, ValueError):
+        return os.path.abspath(path)
 
 
 def _label(path: Path) -> str:
@@ -179,8 +191,8 @@ def _label(path: Path) -> str:
     return os.fsencode(path.as_posix()).decode("utf-8", "replace")
 
 
-def _reason(error: OSError) -> str:
-    return (error.strerror or str(error)).lower()
+def _reason(error: OSError | ValueError) -> str:
+    return (getattr(error, "strerror", None) or str(error)).lower()
 
 
 def _read_text(path: Path) -> tuple[str, dict[str, Any]]:
@@ -199,7 +211,9 @@ def _read_text(path: Path) -> tuple[str, dict[str, Any]]:
 
 
 def _encoding(data: bytes) -> str:
-    """Return UTF-8 unless a byte order mark says UTF-16."""
+    """Return UTF-8 unless a byte order mark says UTF-32 or UTF-16; that of UTF-32 may begin like UTF-16's."""
+    if data.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
     return "utf-16" if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 

@@ -23,13 +23,36 @@ class RetrieverError(ValueError):
     """A saved retriever that cannot be used; the message names the folder and the remedy."""
 
 
-def write_folder(folder: Path, settings: Mapping[str, Any], files: Mapping[str, bytes]) -> None:
+def updating(folder: Path) -> FileLock:
+    """A lock for whoever loads a folder, changes it and saves it again; it makes the folder if it is not there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / "update.lock")
+
+
+def read_state(folder: Path) -> str | None:
+    """What tells one saved state of a folder from another; None where none is."""
+    try:
+        return _sha256((folder / MANIFEST).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def write_folder(
+    folder: Path, settings: Mapping[str, Any], files: Mapping[str, bytes], known: str | None = None
+) -> str | None:
     """Write the state; files of an older one go, those of others stay.
 
     Args:
         folder: made if it is not there.
         settings: JSON values for `read_manifest`.
         files: data by name, such as `index.faiss`.
+        known: the `read_state` that this one follows; None: it replaces whatever is there.
+
+    Returns:
+        The new `read_state`.
+
+    Raises:
+        RetrieverError: somebody else has saved a state after the one that is known.
     """
     named = {_content_name(name, data): data for name, data in files.items()}
     manifest = {
@@ -39,13 +62,19 @@ def write_folder(folder: Path, settings: Mapping[str, Any], files: Mapping[str, 
     }
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / "retriever.lock"):
+        if known is not None and read_state(folder) not in (known, None):
+            raise RetrieverError(
+                f"The retriever in '{folder}' must still be the one that was loaded or saved here, got one that "
+                "somebody else has saved since. Load it again and add the documents to that, or save to another folder."
+            )
         for name, data in named.items():
-            _write(folder / name, data)
-        _write(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
+            write_file(folder / name, data)
+        write_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
         for stem, suffix in (name.split(".") for name in files):
             for path in folder.glob(f"{stem}.*.{suffix}*"):
                 if path.name not in named:
                     path.unlink()
+        return read_state(folder)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -104,7 +133,8 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _write(path: Path, data: bytes) -> None:
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file that readers see whole, as it was or as it is now."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("wb") as writer:
         writer.write(data)

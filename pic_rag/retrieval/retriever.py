@@ -13,6 +13,7 @@ import os
 import threading
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,14 @@ from pic_rag.models.embedded import retriever_path
 from pic_rag.models.quiet import quiet_loading
 from pic_rag.prompts import check_unicode
 from pic_rag.retrieval.documents import Document
-from pic_rag.retrieval.index_folder import RetrieverError, damaged, read_file, read_manifest, write_folder
+from pic_rag.retrieval.index_folder import (
+    RetrieverError,
+    damaged,
+    read_file,
+    read_manifest,
+    read_state,
+    write_folder,
+)
 from pic_rag.retrieval.passages import OVERLAP_CHARACTERS, PASSAGE_CHARACTERS, Passage, PassageSplitter
 
 PASSAGES_A_STEP = 512
@@ -78,6 +86,7 @@ class Retriever:
         self._index: faiss.Index = faiss.IndexFlatIP(probe.shape[1])
         self._passages: list[Passage] = []
         self._hashes: set[str] = set()
+        self._states: dict[Path, str | None] = {}  # of folders this was loaded from or saved to
         self._lock = threading.Lock()  # of passages and index, which go together
         self._adding = threading.Lock()
 
@@ -170,7 +179,9 @@ class Retriever:
 
         Raises:
             TypeError: the metadata of a passage is not JSON.
+            RetrieverError: this was loaded from or saved to that folder, and somebody else has saved there since.
         """
+        folder = Path(folder).absolute()
         with self._lock:
             index = faiss.serialize_index(self._index).tobytes()
             lines = "".join(_to_json(passage) + "\n" for passage in self._passages).encode()
@@ -179,7 +190,8 @@ class Retriever:
             "passage_characters": self.passage_characters,
             "overlap_characters": self.overlap_characters,
         }
-        write_folder(Path(folder), settings, {"index.faiss": index, "passages.jsonl": lines})
+        files = {"index.faiss": index, "passages.jsonl": lines}
+        self._states[folder] = write_folder(folder, settings, files, self._states.get(folder))
 
     @classmethod
     def load(
@@ -196,7 +208,7 @@ class Retriever:
             RetrieverError: the folder holds no retriever, a damaged one, or one that another embedder made.
         """
         folder = Path(folder)
-        manifest = read_manifest(folder)
+        state, manifest = read_state(folder), read_manifest(folder)
         retriever = cls(
             embedder,
             passage_characters=manifest["passage_characters"],
@@ -214,6 +226,7 @@ class Retriever:
         lines = read_file(folder, manifest, "passages").splitlines()
         if index.ntotal != len(lines):
             raise damaged(folder, f"{index.ntotal} embeddings for {len(lines)} passages")
+        retriever._states[folder.absolute()] = state
         retriever._index = index
         retriever._passages = [Passage(**json.loads(line)) for line in lines]
         retriever._hashes = {passage.hash for passage in retriever._passages}
@@ -248,6 +261,8 @@ class Retriever:
 
 
 def _check_positive(name: str, value: int) -> None:
+    if not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")
 

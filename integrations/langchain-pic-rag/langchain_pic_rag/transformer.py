@@ -20,9 +20,10 @@ class PICDocumentTransformer(CompressionSettings, BaseDocumentTransformer):
 
     def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> Sequence[Document]:
         """The documents as they are, once their memories are in the store."""
+        documents = list(documents)
         if documents:
             self.compress_originals(documents)
-        return list(documents)
+        return documents
 
     async def atransform_documents(self, documents: Sequence[Document], **kwargs: Any) -> Sequence[Document]:
         """`transform_documents` in a thread of its own."""
