@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -106,7 +107,9 @@ def test_help_answers_without_a_heavy_import() -> None:
         ["ask", QUESTION, "--docs", "a.md", "--ratio", "0"],
         ["ask", QUESTION, "--docs", "a.md", "--min-fidelity", "1.5"],
         ["compress", "--docs", "a.md"],
+        ["ask", " ", "--docs", "a.md"],
         ["train", "run.yaml", "--minutes", "-1"],
+        ["train", "run.yaml", "--minutes", "nan"],
         ["eval", "--data", "q.jsonl", "--json", "o.json", "--ratios", "4,many"],
     ],
 )
@@ -221,6 +224,22 @@ def test_an_index_is_made_used_and_extended(docs, options, tmp_path, capsys) -> 
     assert used == [{**made[0], "cached": True}]
     assert [document["cached"] for document in extended] == [True, False, False]
     assert all(document["cached"] for document in documents("--device", "cpu", "--dtype", "float32"))
+
+
+def test_two_processes_that_extend_one_index_lose_nothing(docs, options, tmp_path) -> None:
+    index = str(tmp_path / "index")
+    command = [sys.executable, "-m", "pic_rag", "ask", QUESTION, "--index", index, "--json", "--max-new-tokens", "1"]
+    running = [
+        subprocess.Popen([*command, "--docs", str(docs / name), *options], stdout=subprocess.DEVNULL) for name in TEXTS
+    ]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    assert len((tmp_path / "index").glob("passages.*.jsonl").__next__().read_text().splitlines()) == 3
+
+
+def test_a_closed_standard_output_is_no_error(docs, options) -> None:
+    words = [sys.executable, "-m", "pic_rag", "ask", QUESTION, "--docs", str(docs), *options]
+    done = subprocess.run(["sh", "-c", f"{shlex.join(words)} >&-"], capture_output=True, text=True, check=False)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)
 
 
 def test_an_index_forgets_what_a_changed_and_a_removed_file_said(docs, options, tmp_path, capsys) -> None:

@@ -18,6 +18,7 @@ from pic_rag.config import PicConfig
 from pic_rag.generation.generator import Generator
 from pic_rag.rag import PicRag
 from pic_rag.retrieval.documents import Document
+from pic_rag.retrieval.index_folder import RetrieverError
 from pic_rag.retrieval.retriever import Retriever
 from pic_rag.store import SQLiteStore
 
@@ -192,6 +193,50 @@ def test_an_index_says_what_its_files_say_now(folder, tmp_path) -> None:
     rag.add_files([tmp_path / "docs" / ".." / "docs" / "frogs.md"])  # the same file by another name
     assert [document.text for document in rag.ask(QUESTION, top_k=9, max_new_tokens=2).documents][0] in shown
     assert len(rag.retriever) == 2
+
+
+def test_a_link_that_leads_elsewhere_now_is_followed_and_what_it_led_to_is_forgotten(folder, tmp_path) -> None:
+    for name, text in zip(("v1", "v2"), TEXTS.values(), strict=False):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.md").write_text(text)
+    link = tmp_path / "current"
+    link.symlink_to("v1")
+    rag = build(folder, tmp_path / "memories.sqlite", {})
+    rag.add_files([link])
+    link.unlink()
+    link.symlink_to("v2")
+    rag.add_files([link])
+    assert [passage.text for passage in rag.retriever.passages] == [TEXTS["trams.md"]]
+    (tmp_path / "one.md").symlink_to(tmp_path / "v1" / "v1.md")
+    rag.add_files([tmp_path / "one.md"])
+    assert len(rag.retriever) == 2
+    (tmp_path / "v1" / "v1.md").write_text("")
+    assert len(rag.add_files([tmp_path / "one.md", tmp_path / "a\0b.md"])) == 2
+    assert [passage.text for passage in rag.retriever.passages] == [TEXTS["trams.md"]]
+
+
+def test_an_index_that_somebody_else_has_saved_meanwhile_is_not_written_over(rag, folder, tmp_path) -> None:
+    index, embedder = tmp_path / "index", str(folder / "embedder")
+    rag.save(index)
+    one, other = (PicRag.load(index, embedder=embedder, **LOADING) for _ in range(2))
+    one.add([Document.from_text("The lamp burns oil.", source="lamp.md")])
+    one.save(index)
+    one.save(index)
+    other.add([Document.from_text("The bell is cracked.", source="bell.md")])
+    with pytest.raises(RetrieverError, match="somebody else has saved since. Load it again"):
+        other.save(index)
+    other.save(tmp_path / "another")
+    assert len(PicRag.load(index, embedder=embedder, **LOADING).retriever) == len(TEXTS) + 1
+    rag_of_its_own = build(folder, tmp_path / "own.sqlite")
+    rag_of_its_own.save(index)  # never loaded from there: the new index replaces the old one
+
+
+@pytest.mark.parametrize("settings", ["", "{}", "[]"])
+def test_a_damaged_index_is_named(rag, tmp_path, settings) -> None:
+    rag.save(tmp_path / "index")
+    (tmp_path / "index" / "pic_rag.json").write_text(settings)
+    with pytest.raises(RetrieverError, match=r"index' must hold .* got an unreadable 'pic_rag.json'"):
+        PicRag.load(tmp_path / "index")
 
 
 def test_an_index_is_the_same_after_save_and_load(rag, folder, tmp_path) -> None:

@@ -23,7 +23,7 @@ from pic_rag.generation.answering import Generation
 from pic_rag.generation.completion import Completion, Detokenizer
 from pic_rag.generation.generator import Generator
 from pic_rag.generation.reader import Reader
-from pic_rag.handles import UnknownHandleError
+from pic_rag.handles import UnknownHandleError, escape_handles, find_handles
 from pic_rag.memory import Memory, hash_text
 
 SAMPLED = {"temperature": 1.5, "top_p": 0.95, "seed": 7}
@@ -272,6 +272,7 @@ def test_draws_follow_the_models_probabilities(generator: Generator) -> None:
         ({"stop": [""]}, "stop must be a list of non-empty strings"),
         ({"stop": "END"}, "stop must be a list of non-empty strings, got 'END'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"seed": 2**70}, "seed must be a whole number from 0 to"),
     ],
     ids=str,
 )
@@ -570,6 +571,25 @@ def test_a_character_cut_short_shows_at_the_end(tokenizer: PreTrainedTokenizerFa
     detokenizer = Detokenizer(tokenizer)
     assert "".join(map(detokenizer.push, token_ids)) == "a"
     assert detokenizer.flush().strip("\N{REPLACEMENT CHARACTER}") == ""
+
+
+@pytest.mark.parametrize("stop", [(), ("Nile",)])
+def test_a_handle_that_the_model_writes_is_escaped_in_the_stream_as_well(
+    stop: tuple[str, ...], tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    said = f"a [[pic: and [[pic:{'0f' * 16}]] [[Nile"
+    pieces: list[str] = []
+    token_ids = tiny_tokenizer(said, add_special_tokens=False).input_ids
+    completion = Completion(
+        tiny_tokenizer, end_token_ids=(), max_new_tokens=len(token_ids), stop=stop, on_text=pieces.append
+    )
+    for token_id in token_ids:
+        if not completion.finished:
+            completion.push(token_id)
+    assert completion.text == escape_handles(said).removesuffix(stop[0] if stop else "")
+    assert "".join(pieces) == completion.text
+    assert find_handles(completion.text) == []
+    assert len(pieces) > 10
 
 
 @pytest.mark.parametrize(

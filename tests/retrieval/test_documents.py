@@ -45,7 +45,7 @@ def test_a_text_file_is_a_document(tmp_path: Path, suffix: str) -> None:
     assert loaded.problems == []
 
 
-@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_a_byte_order_mark_is_obeyed_and_dropped(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "a.txt").write_bytes("naïve".encode(encoding))
     assert load_documents(tmp_path).documents[0].text == "naïve"
@@ -152,6 +152,20 @@ def test_one_bad_file_among_many_costs_that_file_only(tmp_path: Path) -> None:
     loaded = load_documents(tmp_path)
     assert len(loaded.documents) == 9999
     assert [Path(problem.path).name for problem in loaded.problems] == ["00777.txt"]
+
+
+def test_a_path_that_cannot_even_be_looked_at_costs_itself_only(tmp_path: Path) -> None:
+    (tmp_path / "good.txt").write_text("Text.")
+    paths = [tmp_path / f"{'a' * 300}.txt", str(tmp_path / "a\0b.txt"), tmp_path / "good.txt" / "b.txt", tmp_path]
+    loaded = load_documents(paths)
+    assert [document.text for document in loaded.documents] == ["Text."]
+    reasons = [
+        "be a path that can be read, got file name too long",
+        "got embedded null byte",
+        "exist, got no such file",
+    ]
+    assert len(loaded.problems) == len(reasons)
+    assert all(reason in str(problem) for reason, problem in zip(reasons, loaded.problems, strict=True))
 
 
 def test_a_folder_without_any_document_is_a_problem(tmp_path: Path) -> None:
