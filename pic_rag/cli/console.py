@@ -51,10 +51,11 @@ def shown_warnings(*, debug: bool) -> Iterator[None]:
 
 
 def calm_libraries(*, bars: bool) -> None:
-    """Keep transformers' loading bars and advice off the terminal; `bars` leaves those of downloads from the hub."""
+    """Keep libraries' loading bars and advice off the terminal; `bars` leaves those of downloads from the hub."""
     from huggingface_hub.utils import disable_progress_bars, enable_progress_bars
     from transformers.utils import logging as transformers_logging
 
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # a broken file is told of in our own words
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()  # the hub's too
     (enable_progress_bars if bars else disable_progress_bars)()
