@@ -209,7 +209,8 @@ def _write_study(folder: Path, curves: dict[str, dict[int, list[tuple[int, float
             for step, loss, f1 in points:
                 at = {"step": step, "seconds": step / 10, "ratio": 16}
                 scores = dict.fromkeys(("em", "contains_answer", "agreement"), 0.5)
-                lines += [at | {"loss": loss, "kl": loss / 2, "accuracy": 0.1}]
+                texts = {"text_loss": loss, "text_accuracy": loss / 10}
+                lines += [at | {"loss": loss, "kl": loss / 2, "accuracy": 0.1} | texts]
                 lines += [at | {"system": "pic", "n": 10, "f1": f1, **scores}]
             text = "".join(json.dumps(line) + "\n" for line in lines)
             (folder / "metrics" / f"{arm}-{seed}.jsonl").write_text(text)
@@ -236,8 +237,8 @@ def test_the_race_counts_steps_to_the_references_best_score_of_the_same_seed(tmp
     assert race["pic"][:4] == ["1.600 ± 0.141", "150 ± 71", "15 ± 7", "58 ± 12 %"]
     assert race["pic"][4:] == ["40.0 ± 14.1", "1 of 2 seeds", "", ""]
     assert race["global"][:4] == ["2.100 ± 0.141", "250 ± 71", "25 ± 7", "100 ± 0 %"]
-    answers = {row[0]: row[1:] for row in rows if len(row) == 8 and row[1] == "16"}
-    assert answers["pic"] == ["16", "40.0 ± 14.1", *["50.0 ± 0.0"] * 3, "0.800 ± 0.071", "2"]
+    answers = {row[0]: row[1:] for row in rows if len(row) == 9 and row[1] == "16"}
+    assert answers["pic"] == ["16", "40.0 ± 14.1", *["50.0 ± 0.0"] * 3, "0.800 ± 0.071", "16.0 ± 1.4", "2"]
     assert "mean ± standard deviation over seeds 0, 1" in report
     assert "`--data q.jsonl --every 20 --offset 10`" in report
 
