@@ -226,6 +226,7 @@ def test_an_index_is_made_used_and_extended(docs, options, tmp_path, capsys) -> 
     assert all(document["cached"] for document in documents("--device", "cpu", "--dtype", "float32"))
 
 
+@pytest.mark.slow
 def test_two_processes_that_extend_one_index_lose_nothing(docs, options, tmp_path) -> None:
     index = str(tmp_path / "index")
     command = [sys.executable, "-m", "pic_rag", "ask", QUESTION, "--index", index, "--json", "--max-new-tokens", "1"]
