@@ -247,6 +247,9 @@ def test_an_index_is_the_same_after_save_and_load(rag, folder, tmp_path) -> None
     assert [document.id for document in again.documents] == [document.id for document in first.documents]
     assert all(document.cached for document in again.documents)
     assert (again.compressor, again.model) == (first.compressor, first.model)
+    elsewhere = SQLiteStore(tmp_path / "elsewhere.sqlite")
+    other = PicRag.load(tmp_path / "index", embedder=str(folder / "embedder"), store=elsewhere, **LOADING)
+    assert not any(document.cached for document in other.ask(QUESTION, max_new_tokens=2).documents)
 
 
 def test_an_index_opens_from_another_working_folder(folder, tmp_path, monkeypatch) -> None:

@@ -38,6 +38,12 @@ def test_a_dtype_that_does_not_compute_is_refused(folder, wrong):
         load_backbone(folder, dtype=wrong)
 
 
+@pytest.mark.parametrize("wrong", ["abacus", *([] if torch.cuda.is_available() else ["cuda"])])
+def test_a_device_that_is_not_here_is_refused(folder, wrong):
+    with pytest.raises(ValueError, match=f"device must be one that torch can use here, .* got '{wrong}'"):
+        load_backbone(folder, device=wrong)
+
+
 def test_the_id_is_that_of_the_weights_in_either_precision_and_any_folder(folder, tiny_model):
     loaded = [load_backbone(folder, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16")]
     assert {backbone.ref.id for backbone in loaded} == {model_id(tiny_model, folder.name)}

@@ -247,6 +247,7 @@ def test_ingestion_keeps_the_text_to_embed_and_leaves_nothing_to_compress_at_que
     ingested = ingest.transform_documents(documents)
     assert ingested == documents
     assert asyncio.run(ingest.atransform_documents(documents)) == ingested
+    assert ingest.transform_documents(iter(documents)) == ingested  # type: ignore[arg-type]
     runs = RunCollectorCallbackHandler()
     compressor.as_runnable().invoke(ingested, {"callbacks": [runs]})
     assert runs.traced_runs[0].child_runs[0].outputs["cached_documents"] == len(documents)
