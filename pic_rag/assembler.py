@@ -104,7 +104,9 @@ class Assembler:
     ) -> None:
         if generator_positions not in get_args(GeneratorPositions):
             known = " or ".join(get_args(GeneratorPositions))
-            raise ValueError(f"generator_positions must be {known}, got {generator_positions!r}.")
+            raise ValueError(
+                f"generator_positions must be {known}, got {generator_positions!r}. Take the compressor's own."
+            )
         self.model = model
         self.tokenizer = tokenizer
         self.model_id = model_id

@@ -107,9 +107,9 @@ def _is_index(folder: Path | None) -> bool:
 def _open(args: argparse.Namespace) -> PicRag:
     with status("Loading the models", quiet=args.quiet):
         from pic_rag.rag import PicRag
+        from pic_rag.retrieval.index_folder import updating
 
         calm_libraries(bars=show_bars(args))
-        from pic_rag.retrieval.index_folder import updating
     changes = args.index is not None and args.docs
     with updating(args.index) if changes else nullcontext():  # two at once: one after the other
         with status("Loading the models", quiet=args.quiet):

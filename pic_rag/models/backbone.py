@@ -94,7 +94,8 @@ def resolve_device(device: str | torch.device | None) -> torch.device:
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
-                f"device must be one that torch can use here, such as cpu or cuda, got {str(device)!r}: {reason}"
+                f"device must be one that torch can use here, such as cpu or cuda, got {str(device)!r}: {reason} "
+                "Leave it out to take the best there is."
             ) from error
         return torch.device(device)
     if torch.cuda.is_available():
