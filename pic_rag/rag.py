@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 
 from pic_rag.compression.compressor import Compressor
+from pic_rag.compression.ratios import Ratio, ratio_of_each
 from pic_rag.generation.answering import BaseGenerator
 from pic_rag.generation.generator import Generator
 from pic_rag.handles import escape_handles
@@ -227,7 +228,7 @@ class PicRag:
         question: str,
         *,
         top_k: int = 3,
-        ratio: int | None = None,
+        ratio: Ratio = None,
         min_fidelity: float | None = None,
         mode: Mode = "pic",
         max_new_tokens: int = 64,
@@ -238,8 +239,9 @@ class PicRag:
         Args:
             question: what to ask.
             top_k: passages shown to the generator, at most.
-            ratio: text tokens per memory token; None for the compressor's default. With `min_fidelity` the highest one
-                to try; None for the highest that is served.
+            ratio: text tokens per memory token; None for the compressor's default. A sequence such as `(2, 16)` has one
+                for the best passage, one for the second, ..., the last of which serves all after it. With
+                `min_fidelity` the highest one to try; None for the highest that is served.
             min_fidelity: 0 to 1: each passage gets the highest ratio whose memory is that faithful, else its raw text.
             mode: "pic" reads memories, "text" the full text, "truncate" text cut to as many tokens as the memories
                 have, "none" nothing: the baselines to compare with.
@@ -269,7 +271,7 @@ class PicRag:
         question: str,
         *,
         top_k: int = 3,
-        ratio: int | None = None,
+        ratio: Ratio = None,
         min_fidelity: float | None = None,
         mode: Mode = "pic",
         max_new_tokens: int = 64,
@@ -280,7 +282,7 @@ class PicRag:
             raise ValueError(f"question must hold at least one word, got {question!r}.")
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
-        single = self.compressor.config.check_ratio(ratio)
+        ratio_of_each(ratio, 0, self.compressor.config.check_ratio)
         watch = _Watch()
         hits = self.retriever.search(question, top_k)
         watch.lap("retrieve")
@@ -288,7 +290,7 @@ class PicRag:
         watch.lap("compress")
         asked = escape_handles(question)
         stream = self.generator.stream(
-            rag_messages(asked, self._shown(documents, single, mode)), memories, max_new_tokens=max_new_tokens
+            rag_messages(asked, self._shown(documents, ratio, mode)), memories, max_new_tokens=max_new_tokens
         )
         while True:
             try:
@@ -298,7 +300,7 @@ class PicRag:
                 break
             watch.first_token()
             yield piece
-        full_text = rag_messages(asked, self._shown(documents, single, "text"))
+        full_text = rag_messages(asked, self._shown(documents, ratio, "text"))
         latency_ms = watch.finish()
         return Answer(
             answer=generation.text.strip(),
@@ -311,7 +313,7 @@ class PicRag:
         )
 
     def _read(
-        self, hits: Sequence[Hit], ratio: int | None, min_fidelity: float | None, mode: Mode, progress: bool | None
+        self, hits: Sequence[Hit], ratio: Ratio, min_fidelity: float | None, mode: Mode, progress: bool | None
     ) -> tuple[list[RetrievedDocument], list[Memory]]:
         """The passages found, and in mode "pic" their memories: from the store, else compressed now."""
         texts = [hit.passage.text for hit in hits]
@@ -347,7 +349,7 @@ class PicRag:
             source=hit.passage.source,
         )
 
-    def _shown(self, documents: Sequence[RetrievedDocument], ratio: int, mode: Mode) -> list[str]:
+    def _shown(self, documents: Sequence[RetrievedDocument], ratio: Ratio, mode: Mode) -> list[str]:
         """What stands for each passage in the prompt."""
         if mode == "none":
             return []
@@ -355,7 +357,8 @@ class PicRag:
             return [document.handle or "" for document in documents]
         texts = [document.text for document in documents]
         if mode == "truncate":
-            texts = [self._truncate(text, ratio) for text in texts]
+            ratios = ratio_of_each(ratio, len(texts), self.compressor.config.check_ratio)
+            texts = [self._truncate(*pair) for pair in zip(texts, ratios, strict=True)]
         return [escape_handles(text) for text in texts]
 
     def _truncate(self, text: str, ratio: int) -> str:

@@ -105,6 +105,7 @@ def test_help_answers_without_a_heavy_import() -> None:
         ["ask", QUESTION],
         ["ask", QUESTION, "--docs", "a.md", "--mode", "song"],
         ["ask", QUESTION, "--docs", "a.md", "--ratio", "0"],
+        ["ask", QUESTION, "--docs", "a.md", "--ratio", "4+"],
         ["ask", QUESTION, "--docs", "a.md", "--min-fidelity", "1.5"],
         ["compress", "--docs", "a.md"],
         ["ask", " ", "--docs", "a.md"],
@@ -280,6 +281,11 @@ def test_the_modes_of_the_command_line_are_those_of_the_library(docs, options, c
         assert main(["ask", QUESTION, "--docs", str(docs), "--mode", mode, "--json", *options]) == 0
         tokens[mode] = json.loads(capsys.readouterr().out)["prompt_tokens"]
     assert tokens["none"] < tokens["pic"] == tokens["truncate"] < tokens["text"]
+
+
+def test_ratios_by_rank(docs, options, capsys) -> None:
+    assert main(["ask", QUESTION, "--docs", str(docs), "--json", "--top-k", "2", "--ratio", "4+8", *options]) == 0
+    assert [document["ratio"] for document in json.loads(capsys.readouterr().out)["documents"]] == [4, 8]
 
 
 def test_a_ratio_the_compressor_does_not_serve_is_an_error(docs, options, capsys) -> None:

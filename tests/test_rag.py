@@ -108,6 +108,17 @@ def test_another_ratio_is_another_memory(rag) -> None:
     assert (four.memory_tokens, eight.memory_tokens, eight.cached) == (16, 8, False)
 
 
+def test_ratios_go_to_passages_by_their_rank(rag) -> None:
+    mixed = rag.ask(QUESTION, top_k=3, ratio=(4, 8), max_new_tokens=2)
+    assert [document.ratio for document in mixed.documents] == [4, 8, 8]
+    four, eight = (rag.ask(QUESTION, top_k=3, ratio=ratio, max_new_tokens=2) for ratio in (4, 8))
+    assert [document.cached for document in four.documents] == [True, False, False]
+    assert [document.cached for document in eight.documents] == [False, True, True]
+    assert eight.prompt_tokens < mixed.prompt_tokens < four.prompt_tokens
+    cut = rag.ask(QUESTION, top_k=3, ratio=(4, 8), mode="truncate", max_new_tokens=2)
+    assert cut.prompt_tokens == mixed.prompt_tokens
+
+
 def test_modes_show_what_they_say(rag) -> None:
     asked = {mode: rag.ask(QUESTION, mode=mode, max_new_tokens=4) for mode in ("pic", "text", "none", "truncate")}
     assert asked["text"].prompt_tokens == asked["text"].text_prompt_tokens == asked["pic"].text_prompt_tokens
@@ -276,6 +287,7 @@ def test_an_index_without_documents_answers_from_none(folder, tmp_path) -> None:
         ({"question": " "}, "question must hold at least one word"),
         ({"mode": "memory"}, "mode must be one of pic, text, none, truncate, got 'memory'"),
         ({"ratio": 5}, "ratio must be one of 4, 8"),
+        ({"ratio": (4, 4, 4, 5)}, "ratio must be one of 4, 8"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
     ],
 )

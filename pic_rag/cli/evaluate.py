@@ -14,6 +14,7 @@ from pic_rag.cli.options import (
     names,
     positive,
     progress,
+    ratios,
     share,
 )
 from pic_rag.evaluation.report import DEFAULT_COLUMNS, report_table
@@ -46,7 +47,12 @@ def add_parser(commands: Commands) -> None:
         "read with the compressor's reader on",
     )
     parser.add_argument(
-        "--ratios", type=_ratios, default=(4, 16, 64), metavar="N,M", help="text tokens per memory token (4,16,64)"
+        "--ratios",
+        type=_ratios,
+        default=(4, 16, 64),
+        metavar="N,M",
+        help="text tokens per memory token (4,16,64); 2+16 among them: 2 for a question's first document, 16 for the "
+        "others",
     )
     parser.add_argument(
         "--floors",
@@ -165,5 +171,5 @@ def _floors(text: str) -> tuple[float, ...]:
     return tuple(map(share, names(text)))
 
 
-def _ratios(text: str) -> tuple[int, ...]:
-    return tuple(positive(name) for name in names(text))
+def _ratios(text: str) -> tuple[int | tuple[int, ...], ...]:
+    return tuple(map(ratios, names(text)))

@@ -40,6 +40,12 @@ def add_ratio(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def ratios(text: str) -> int | tuple[int, ...]:
+    """One ratio, or those of the first, second, ... document between plus signs, for argparse."""
+    each = tuple(positive(part) for part in text.split("+"))
+    return each if len(each) > 1 else each[0]
+
+
 def positive(text: str) -> int:
     """A whole number above zero, for argparse."""
     number = int(text)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pic_rag.chunking import Segment, fold, place_slots, token_segments, token_windows
 from pic_rag.compression.batching import Batcher, gather
 from pic_rag.compression.fidelity import FidelityCheck
-from pic_rag.compression.ladder import descend
+from pic_rag.compression.ratios import Ratio, descend, ratio_of_each
 from pic_rag.config import RAW_TEXT, PicConfig
 from pic_rag.encoder import PicEncoder
 from pic_rag.generation.generator import Generator
@@ -204,7 +204,7 @@ class Compressor:
     def compress(
         self,
         texts: Sequence[str],
-        ratio: int | None = None,
+        ratio: Ratio = None,
         batch_size: int | None = None,
         progress: bool | None = None,
         *,
@@ -215,8 +215,9 @@ class Compressor:
 
         Args:
             texts: one string a document. An empty one becomes an empty memory.
-            ratio: text tokens per memory token; None for the compressor's default. With `min_fidelity` the highest one
-                to try; None for the highest that is served.
+            ratio: text tokens per memory token; None for the compressor's default. A sequence has one for each text,
+                the last of which serves all texts after it. With `min_fidelity` the highest one to try; None for the
+                highest that is served.
             batch_size: encoder rows computed at once; None for `batch_size`.
             progress: True shows a bar, False none; None shows one on a terminal once it takes over a second.
             min_fidelity: 0 to 1. Each text gets the highest ratio whose memory is that faithful, as the generator finds
@@ -236,25 +237,27 @@ class Compressor:
         rows = self.batch_size if batch_size is None else _check_batch_size(batch_size)
         texts = _check_texts(texts)
         if min_fidelity is None:
-            return self._compress(texts, self.config.check_ratio(ratio), rows, progress)
+            ratios = ratio_of_each(ratio, len(texts), self.config.check_ratio)
+            return self._compress(texts, ratios, rows, progress)
+        ladders = ratio_of_each(ratio, len(texts), self.ladder)
         check = FidelityCheck(self._checking(generator), self.config.segment_tokens)
 
         def attempt(numbers: Sequence[int], ratio: int) -> list[Memory]:
             own = [texts[number] for number in numbers]
             if ratio == RAW_TEXT:
                 return [self._raw_text(text, check.generator) for text in own]
-            return check.mark(own, self._compress(own, ratio, rows, progress))
+            return check.mark(own, self._compress(own, [ratio] * len(own), rows, progress))
 
-        return descend(len(texts), self.ladder(ratio), min_fidelity, attempt)
+        return descend(ladders, min_fidelity, attempt)
 
-    def _compress(self, texts: Sequence[str], ratio: int, rows: int, progress: bool | None) -> list[Memory]:
-        """One memory a text, all of one ratio; `rows` encoder rows computed at once."""
+    def _compress(self, texts: Sequence[str], ratios: Sequence[int], rows: int, progress: bool | None) -> list[Memory]:
+        """One memory a text, each of its own ratio; `rows` encoder rows computed at once."""
         pieces: list[list[torch.Tensor]] = [[] for _ in texts]
         text_tokens = [0] * len(texts)
         characters = sum(map(len, texts))
         with tqdm(total=characters, unit="char", unit_scale=True, desc="compress", delay=1.0,
                   disable=None if progress is None else not progress) as bar:  # fmt: skip
-            segments = self._segments(texts, ratio, bar)
+            segments = self._segments(texts, ratios, bar)
             for batch in gather(segments, rows * self.config.segment_tokens * _LOOKAHEAD_BATCHES):
                 memories = self._batcher.encode([segment for _, segment in batch], rows)
                 for (number, segment), memory in zip(batch, memories, strict=True):
@@ -262,16 +265,16 @@ class Compressor:
                     text_tokens[number] += len(segment.token_ids)
         return [
             self._memory(text, ratio, tokens, parts)
-            for text, tokens, parts in zip(texts, text_tokens, pieces, strict=True)
+            for text, ratio, tokens, parts in zip(texts, ratios, text_tokens, pieces, strict=True)
         ]
 
-    def _segments(self, texts: Sequence[str], ratio: int, bar: tqdm) -> Iterator[tuple[int, Segment]]:
+    def _segments(self, texts: Sequence[str], ratios: Sequence[int], bar: tqdm) -> Iterator[tuple[int, Segment]]:
         """Every text's segments (its chunks, where they can be folded), with the number of the text."""
         begun = 0
         for number, token_ids in token_segments(texts, self.tokenizer, self.config.segment_tokens):
             bar.update(sum(map(len, texts[begun:number])))
             begun = number
-            segment = place_slots(token_ids, ratio, self.config.slots_per_chunk)
+            segment = place_slots(token_ids, ratios[number], self.config.slots_per_chunk)
             for part in fold(segment) if self.config.foldable else [segment]:
                 yield number, part
         bar.update(sum(map(len, texts[begun:])))

@@ -18,7 +18,7 @@ import numpy as np
 
 from pic_rag.compression.compressor import Compressor
 from pic_rag.compression.fidelity import Fidelity, FidelityCheck
-from pic_rag.compression.ladder import descend
+from pic_rag.compression.ratios import descend
 from pic_rag.config import RAW_TEXT
 from pic_rag.evaluation.metrics import auroc, contains_answer, f1
 from pic_rag.evaluation.runner import versions
@@ -140,7 +140,7 @@ def evaluate_fidelity(
     mixed: dict[float, Pick] = {}
     for floor in floors:
         chosen = descend(
-            len(texts), ladder, floor, lambda numbers, at: [single[at][texts[number]] for number in numbers]
+            [ladder] * len(texts), floor, lambda numbers, at: [single[at][texts[number]] for number in numbers]
         )
         mixed[floor] = dict(zip(texts, chosen, strict=True))
     answers = _Answers(questions, generator, {"max_new_tokens": max_new_tokens, "batch_size": batch_size})

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 import torch
 from sentence_transformers import SentenceTransformer
@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from pic_rag import __version__
 from pic_rag.compression.compressor import Compressor
+from pic_rag.compression.ratios import Ratio, ratio_of_each
 from pic_rag.evaluation.metrics import agreement, contains_answer, f1
 from pic_rag.evaluation.systems import RATIO_SYSTEMS, Shown, Systems
 from pic_rag.evaluation.tasks import TASKS, Task
@@ -34,7 +35,8 @@ class Row:
 
     Attributes:
         system: its name.
-        ratio: text tokens per memory token; None for a system that has none.
+        ratio: text tokens per memory token, such as 4, or those of the first, second, ... document of a question, such
+            as "2+16"; None for a system that has none.
         n: questions answered.
         f1: mean over the questions, 0 to 1, like the next three.
         em: exact match.
@@ -51,7 +53,7 @@ class Row:
     """
 
     system: str
-    ratio: int | None
+    ratio: int | str | None
     n: int
     f1: float
     em: float
@@ -96,7 +98,7 @@ class _Answers:
 def evaluate(
     questions: Sequence[Question],
     systems: Sequence[str] = ("pic", "text", "none", "truncate", "pool"),
-    ratios: Sequence[int] = (4, 16, 64),
+    ratios: Sequence[Ratio] = (4, 16, 64),
     *,
     compressor: Compressor | str | Path | None = None,
     embedder: str | Path | SentenceTransformer | None = None,
@@ -115,7 +117,8 @@ def evaluate(
     Args:
         questions: as `pic_rag.questions.read_questions` gives them.
         systems: keys of `pic_rag.evaluation.systems.SYSTEMS`, in the order of the rows.
-        ratios: text tokens per memory token, for the systems that compress.
+        ratios: text tokens per memory token, for the systems that compress; a sequence among them has one for each
+            document of a question, the last of which serves all documents after it.
         compressor: one that is loaded, its folder or hub id, or None for the shipped one.
         embedder: sentence-transformers model of the `extract` system; None: the embedded MiniLM.
         task: a key of `pic_rag.evaluation.tasks.TASKS`: how the question is put, and what of the answer is scored.
@@ -164,13 +167,15 @@ class _Run:
         self.max_new_tokens = max_new_tokens or task.max_new_tokens
         self.batch_size = batch_size
 
-    def plan(self, systems: Sequence[str], ratios: Sequence[int]) -> list[tuple[str, int | None]]:
+    def plan(self, systems: Sequence[str], ratios: Sequence[Ratio]) -> list[tuple[str, Ratio]]:
         """The system and ratio of each row; everything is checked before anything is computed."""
         if isinstance(systems, str) or not systems:
             raise ValueError(f"systems must be a list of at least one name, got {systems!r}.")
         for system in systems:
             self.systems.check(system)
-        served = [self.systems.compressor.config.check_ratio(ratio) for ratio in dict.fromkeys(ratios)]
+        served = list(dict.fromkeys(tuple(ratio) if isinstance(ratio, list) else ratio for ratio in ratios))
+        for ratio in served:
+            ratio_of_each(ratio, 0, self.systems.compressor.config.check_ratio)
         if not served and RATIO_SYSTEMS.intersection(systems):
             raise ValueError("ratios must hold at least one ratio for a system that compresses, got none.")
         return [
@@ -179,12 +184,12 @@ class _Run:
             for ratio in (served if system in RATIO_SYSTEMS else (None,))
         ]
 
-    def answers(self, plan: Sequence[tuple[str, int | None]]) -> int:
+    def answers(self, plan: Sequence[tuple[str, Ratio]]) -> int:
         """Answers to generate; those from the full text are needed in any case."""
         return len(self.questions) * len({*plan, ("text", None)})
 
     def rows(
-        self, plan: Sequence[tuple[str, int | None]], bar: tqdm, lines: TextIO | None, progress: bool | None
+        self, plan: Sequence[tuple[str, Ratio]], bar: tqdm, lines: TextIO | None, progress: bool | None
     ) -> Iterator[Row]:
         """Answer and score, row by row."""
         full_text = self._answer("text", None, bar, progress)
@@ -195,16 +200,18 @@ class _Run:
             scored = [self._score(number, given, full_text, read) for number in range(len(self.questions))]
             if lines is not None:
                 for line in scored:
-                    lines.write(json.dumps({"system": system, "ratio": ratio, **line}, ensure_ascii=False) + "\n")
+                    lines.write(
+                        json.dumps({"system": system, "ratio": _named(ratio), **line}, ensure_ascii=False) + "\n"
+                    )
                 lines.flush()
             yield _row(system, ratio, scored, given)
 
-    def config(self, systems: Sequence[str], ratios: Sequence[int]) -> dict[str, Any]:
+    def config(self, systems: Sequence[str], ratios: Sequence[Ratio]) -> dict[str, Any]:
         """Settings of the run, as JSON types."""
         compressor = self.systems.compressor
         return {
             "systems": list(systems),
-            "ratios": list(ratios),
+            "ratios": [_named(ratio) for ratio in ratios],
             "n": len(self.questions),
             "max_new_tokens": self.max_new_tokens,
             "batch_size": self.batch_size,
@@ -215,8 +222,8 @@ class _Run:
             "pic": compressor.config.to_dict(),
         }
 
-    def _answer(self, system: str, ratio: int | None, bar: tqdm, progress: bool | None) -> _Answers:
-        bar.set_postfix_str(system if ratio is None else f"{system} {ratio}x")
+    def _answer(self, system: str, ratio: Ratio, bar: tqdm, progress: bool | None) -> _Answers:
+        bar.set_postfix_str(system if ratio is None else f"{system} {_named(ratio)}x")
         begin = time.perf_counter()
         shown = self.systems.show(system, self.questions, ratio, progress=progress)
         generations = list(self._generate(system, shown, bar))
@@ -276,14 +283,19 @@ class _Run:
         )
 
 
-def _row(system: str, ratio: int | None, scored: Sequence[dict[str, Any]], given: _Answers) -> Row:
+def _named(ratio: Ratio) -> int | str | None:
+    """A ratio as a report has it."""
+    return "+".join(map(str, ratio)) if isinstance(ratio, tuple) else cast("int | None", ratio)
+
+
+def _row(system: str, ratio: Ratio, scored: Sequence[dict[str, Any]], given: _Answers) -> Row:
     def mean(name: str) -> float | None:
         values = [line[name] for line in scored if line[name] is not None]
         return fmean(values) if values else None
 
     return Row(
         system=system,
-        ratio=ratio,
+        ratio=_named(ratio),
         n=len(scored),
         f1=fmean(line["f1"] for line in scored),
         em=fmean(line["em"] for line in scored),

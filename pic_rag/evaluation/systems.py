@@ -17,6 +17,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from pic_rag.compression.compressor import Compressor
+from pic_rag.compression.ratios import Ratio, ratio_of_each
 from pic_rag.evaluation.lingua import Lingua, LinguaError
 from pic_rag.evaluation.shortening import Shortener
 from pic_rag.generation.answering import Generation
@@ -121,7 +122,7 @@ class Systems:
             generator_positions=compressor.config.generator_positions,
         )
         self._shortener = Shortener(base.tokenizer, embedder)
-        self._show: dict[str, Callable[[Sequence[Question], int, bool | None], list[Shown]]] = {
+        self._show: dict[str, Callable[[Sequence[Question], Ratio, bool | None], list[Shown]]] = {
             "pic": self._compress,
             **{name: partial(self._keep, at_rest) for name, at_rest in AT_REST_SYSTEMS.items()},
             "none": lambda questions, *_: [Shown([]) for _ in questions],
@@ -152,21 +153,23 @@ class Systems:
         return self._lingua2 if system == "llmlingua2" else self._lingua1
 
     def show(
-        self, system: str, questions: Sequence[Question], ratio: int | None = None, *, progress: bool | None = None
+        self, system: str, questions: Sequence[Question], ratio: Ratio = None, *, progress: bool | None = None
     ) -> list[Shown]:
         """What a system shows for each question; a document that comes with several is compressed once.
 
         Args:
             system: a key of `SYSTEMS`.
             questions: with their documents.
-            ratio: text tokens per memory token, for `RATIO_SYSTEMS`; None for the compressor's default.
+            ratio: text tokens per memory token, for `RATIO_SYSTEMS`; None for the compressor's default. A sequence has
+                one for each document of a question, the last of which serves all documents after it.
             progress: of compressing: True shows a bar, False none, None where it takes long on a terminal.
 
         Raises:
             ValueError: when the system or the ratio is not served.
         """
         self.check(system)
-        return self._show[_shows_as(system)](questions, self.compressor.config.check_ratio(ratio), progress)
+        ratio_of_each(ratio, 0, self.compressor.config.check_ratio)
+        return self._show[_shows_as(system)](questions, ratio, progress)
 
     def answer(
         self,
@@ -208,44 +211,43 @@ class Systems:
         """Tokens of the documents' full text, without markers."""
         return sum(self._shortener.count_tokens(context.document) for context in question.contexts)
 
-    def _full_text(self, questions: Sequence[Question], ratio: int, progress: bool | None) -> list[Shown]:
+    def _full_text(self, questions: Sequence[Question], ratio: Ratio, progress: bool | None) -> list[Shown]:
         return [Shown([escape_handles(context.document) for context in asked.contexts]) for asked in questions]
 
-    def _compress(self, questions: Sequence[Question], ratio: int, progress: bool | None) -> list[Shown]:
+    def _compress(self, questions: Sequence[Question], ratio: Ratio, progress: bool | None) -> list[Shown]:
         return _remember(self.compressor, questions, ratio, progress)
 
-    def _keep(self, at_rest: AtRest, questions: Sequence[Question], ratio: int, progress: bool | None) -> list[Shown]:
+    def _keep(self, at_rest: AtRest, questions: Sequence[Question], ratio: Ratio, progress: bool | None) -> list[Shown]:
         """Memories through a store and back."""
         shown = self._compress(questions, ratio, progress)
         kept = {memory.handle: Memory.from_bytes(memory.to_bytes(at_rest)) for one in shown for memory in one.memories}
         return [Shown(one.passages, tuple(kept[handle] for handle in one.passages)) for one in shown]
 
-    def _pool(self, questions: Sequence[Question], ratio: int, progress: bool | None) -> list[Shown]:
+    def _pool(self, questions: Sequence[Question], ratio: Ratio, progress: bool | None) -> list[Shown]:
         return _remember(self._pooler, questions, ratio, progress)
 
-    def _truncate(self, questions: Sequence[Question], ratio: int, progress: bool | None) -> list[Shown]:
+    def _truncate(self, questions: Sequence[Question], ratio: Ratio, progress: bool | None) -> list[Shown]:
         texts = {
-            text: escape_handles(self._shortener.truncate(text, self._memory_tokens(text, ratio)))
-            for text in _texts(questions)
+            (text, own): escape_handles(self._shortener.truncate(text, self._memory_tokens(text, own)))
+            for text, own in _distinct(questions, ratio)
         }
-        return [Shown([texts[context.document] for context in asked.contexts]) for asked in questions]
+        return [Shown([texts[pair] for pair in _with_ratios(asked, ratio)]) for asked in questions]
 
-    def _extract(self, questions: Sequence[Question], ratio: int, progress: bool | None) -> list[Shown]:
+    def _extract(self, questions: Sequence[Question], ratio: Ratio, progress: bool | None) -> list[Shown]:
         documents = [[context.document for context in asked.contexts] for asked in questions]
-        room = [sum(self._memory_tokens(text, ratio) for text in texts) for texts in documents]
+        room = [self._room(asked, ratio) for asked in questions]
         extracts = self._shortener.extract([asked.question for asked in questions], documents, room)
         return [Shown([escape_handles(extract) for extract in own]) for own in extracts]
 
     def _lingua_text(
-        self, system: str, questions: Sequence[Question], ratio: int, progress: bool | None
+        self, system: str, questions: Sequence[Question], ratio: Ratio, progress: bool | None
     ) -> list[Shown]:
         lingua = self.lingua(system)
         shown = []
         for asked in questions:
             texts = [context.document for context in asked.contexts]
-            room = sum(self._memory_tokens(text, ratio) for text in texts)
             known = asked.question if system == "longllmlingua" else None
-            shown.append(Shown([escape_handles(lingua.shorten(texts, room, known))]))
+            shown.append(Shown([escape_handles(lingua.shorten(texts, self._room(asked, ratio), known))]))
         return shown
 
     @cached_property
@@ -270,10 +272,14 @@ class Systems:
         dtype = str(model.dtype).removeprefix("torch.")
         return {"python": self._llmlingua_python, "device": model.device.type, "dtype": dtype}
 
-    def _memory_tokens(self, text: str, ratio: int) -> int:
+    def _room(self, asked: Question, ratio: Ratio) -> int:
+        """Memory tokens that a question's documents get together."""
+        return sum(self._memory_tokens(*pair) for pair in _with_ratios(asked, ratio))
+
+    def _memory_tokens(self, text: str, ratio: int | None) -> int:
         """Memory tokens that the compressor makes of a text, counted and not computed."""
         tokens = len(self.compressor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        return -(-tokens // ratio)
+        return -(-tokens // self.compressor.config.check_ratio(ratio))
 
     @cached_property
     def _pooler(self) -> Compressor:
@@ -289,17 +295,25 @@ class Systems:
         return generator, Reader(base.model, cast("Path", self.compressor.reader))
 
 
-def _remember(compressor: Compressor, questions: Sequence[Question], ratio: int, progress: bool | None) -> list[Shown]:
-    """Handles in place of the documents, every distinct document compressed once."""
-    texts = _texts(questions)
-    compressed = compressor.compress(texts, ratio, progress=progress)
-    memories = dict(zip(texts, compressed, strict=True))
+def _remember(
+    compressor: Compressor, questions: Sequence[Question], ratio: Ratio, progress: bool | None
+) -> list[Shown]:
+    """Handles in place of the documents, every distinct document compressed once a ratio."""
+    wanted = _distinct(questions, ratio)
+    texts, ratios = [text for text, _ in wanted], [own for _, own in wanted]
+    memories = dict(zip(wanted, compressor.compress(texts, ratios or None, progress=progress), strict=True))
     shown = []
-    for question in questions:
-        own = tuple(memories[context.document] for context in question.contexts)
+    for asked in questions:
+        own = tuple(memories[pair] for pair in _with_ratios(asked, ratio))
         shown.append(Shown([memory.handle for memory in own], own))
     return shown
 
 
-def _texts(questions: Iterable[Question]) -> list[str]:
-    return list(dict.fromkeys(context.document for question in questions for context in question.contexts))
+def _with_ratios(asked: Question, ratio: Ratio) -> list[tuple[str, int | None]]:
+    """A question's documents, each with its ratio."""
+    texts = [context.document for context in asked.contexts]
+    return list(zip(texts, ratio_of_each(ratio, len(texts), lambda own: own), strict=True))
+
+
+def _distinct(questions: Iterable[Question], ratio: Ratio) -> list[tuple[str, int | None]]:
+    return list(dict.fromkeys(pair for asked in questions for pair in _with_ratios(asked, ratio)))

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from tqdm.auto import tqdm
 
-from pic_rag.compression.ladder import descend
+from pic_rag.compression.ratios import Ratio, descend, ratio_of_each
 from pic_rag.handles import HANDLE_PATTERN
 from pic_rag.memory import AtRest, Memory, MemoryFormatError
 from pic_rag.store.protocol import MemoryStore, check_store
@@ -47,7 +47,7 @@ class SupportsCompress(Protocol):
     def compress(
         self,
         texts: Sequence[str],
-        ratio: int | None = None,
+        ratio: Ratio = None,
         batch_size: int | None = None,
         progress: bool | None = None,
         *,
@@ -124,7 +124,7 @@ class MemoryCache:
         self,
         texts: Sequence[str],
         compressor: SupportsCompress,
-        ratio: int | None = None,
+        ratio: Ratio = None,
         *,
         sources: Sequence[str] | None = None,
         batch_size: int | None = None,
@@ -140,7 +140,8 @@ class MemoryCache:
         Args:
             texts: Source texts; one that occurs twice is compressed once.
             compressor: The compressor of this cache's fingerprint.
-            ratio: Text tokens per memory token; the compressor's own default if None.
+            ratio: Text tokens per memory token; the compressor's own default if None. A sequence has one for each
+                text, the last of which serves all texts after it.
             sources: A label per text, for messages and for `Memory.source`.
             batch_size: Passed on to the compressor.
             progress: Whether to show a bar; None shows one on a terminal once it takes over a second.
@@ -160,17 +161,17 @@ class MemoryCache:
         labels: Sequence[str | None] = sources if sources is not None else [None] * len(texts)
         if min_fidelity is None:
             way = _Way(compressor, batch_size, progress)
-            return self._at_ratio(texts, labels, ratio, way)
+            return self._at_ratios(texts, labels, ratio_of_each(ratio, len(texts), lambda own: own), way)
         way = _Way(compressor, batch_size, progress, {"min_fidelity": 0.0, "generator": generator})
         cached: dict[str, bool] = {}
 
         def attempt(numbers: Sequence[int], ratio: int) -> list[Memory]:
             own, names = [texts[number] for number in numbers], [labels[number] for number in numbers]
-            memories, known = self._at_ratio(own, names, ratio, way)
+            memories, known = self._at_ratios(own, names, [ratio] * len(own), way)
             cached.update(zip((memory.handle for memory in memories), known, strict=True))
             return memories
 
-        memories = descend(len(texts), compressor.ladder(ratio), min_fidelity, attempt)
+        memories = descend(ratio_of_each(ratio, len(texts), compressor.ladder), min_fidelity, attempt)
         return memories, [cached[memory.handle] for memory in memories]
 
     def __contains__(self, handle: str) -> bool:
@@ -249,24 +250,25 @@ class MemoryCache:
                 logger.warning("Compressing a document again: %s", error)
         return found
 
-    def _at_ratio(
-        self, texts: Sequence[str], labels: Sequence[str | None], ratio: int | None, way: _Way
+    def _at_ratios(
+        self, texts: Sequence[str], labels: Sequence[str | None], ratios: Sequence[int | None], way: _Way
     ) -> tuple[list[Memory], list[bool]]:
-        """Memories of one ratio, and for each whether the store held it as it is wanted."""
-        handles = [way.compressor.handle(text, ratio) for text in texts]
+        """Memories of these ratios, and for each whether the store held it as it is wanted."""
+        handles = [way.compressor.handle(text, ratio) for text, ratio in zip(texts, ratios, strict=True)]
         found = self._find(dict(zip(handles, labels, strict=True)))
         if way.checking:
             found = {handle: memory for handle, memory in found.items() if memory.fidelity is not None}
-        missing = {handle: text for handle, text in zip(handles, texts, strict=True) if handle not in found}
-        known = found | self._compress(missing, ratio, way)
+        wanted = zip(handles, texts, ratios, strict=True)
+        missing = {handle: (text, ratio) for handle, text, ratio in wanted if handle not in found}
+        known = found | self._compress(missing, way)
         memories = [replace(known[handle], source=label) for handle, label in zip(handles, labels, strict=True)]
         return memories, [handle in found for handle in handles]
 
-    def _compress(self, texts: dict[str, str], ratio: int | None, way: _Way) -> dict[str, Memory]:
-        """Compress texts given by handle, and write each group."""
+    def _compress(self, missing: Mapping[str, tuple[str, int | None]], way: _Way) -> dict[str, Memory]:
+        """Compress texts, given by handle with their ratios, and write each group."""
         batch_size, progress = way.batch_size, way.progress
         group_documents = max(GROUP_DOCUMENTS, batch_size or 0)
-        handles = list(texts)
+        handles = list(missing)
         one_group = len(handles) <= group_documents
         # Of several groups the bar is shown here; inside one group the compressor knows its progress better.
         hidden = True if one_group or progress is False else (None if progress is None else False)
@@ -276,9 +278,9 @@ class MemoryCache:
             for start in range(0, len(handles), group_documents):
                 group = handles[start : start + group_documents]
                 bar_inside = progress if one_group else False
-                memories = way.compressor.compress(
-                    [texts[handle] for handle in group], ratio, batch_size, bar_inside, **way.checking
-                )
+                texts, ratios = zip(*(missing[handle] for handle in group), strict=True)
+                ratio = ratios[0] if len(set(ratios)) == 1 else ratios
+                memories = way.compressor.compress(texts, ratio, batch_size, bar_inside, **way.checking)
                 _check_made(group, memories)
                 made.update(zip(group, memories, strict=True))
                 writable = self._write(memories, warn=writable) and writable

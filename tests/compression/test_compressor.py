@@ -238,6 +238,29 @@ def test_memories_in_bfloat16_are_near_those_in_float32(compressor, trained_fold
     assert distance.mean() < 0.1
 
 
+def test_each_text_may_have_a_ratio_of_its_own(compressor):
+    texts = [*TEXTS, TEXTS[0]]
+    mixed = compressor.compress(texts, (4, 16, 8))
+    ratios = [4, 16, *[8] * (len(texts) - 2)]
+    assert [memory.ratio for memory in mixed] == ratios
+    for text, ratio, memory in zip(texts, ratios, mixed, strict=True):
+        [alone] = compressor.compress([text], ratio)
+        assert memory.handle == alone.handle == compressor.handle(text, ratio)
+        torch.testing.assert_close(memory.embeddings, alone.embeddings)
+    assert [memory.ratio for memory in compressor.compress(texts[:1], [16, 4])] == [16]
+    assert compressor.compress([], [16, 4]) == []
+
+
+@pytest.mark.parametrize(
+    ("ratios", "rule"),
+    [((4, 5), "ratio must be one of 4, 8, 16 .*, got 5"), ([], r"a sequence of at least one, got \[\]")],
+)
+def test_ratios_that_are_not_served_are_an_error_however_few_texts_there_are(compressor, ratios, rule):
+    for texts in ([], ["text"]):
+        with pytest.raises(ValueError, match=rule):
+            compressor.compress(texts, ratios)
+
+
 @pytest.mark.parametrize("ratio", [5, 64, 4.0, "4", True])
 def test_a_ratio_that_is_not_served_is_an_error(compressor, ratio):
     with pytest.raises(ValueError, match="ratio must be one of 4, 8, 16 .the ratios this compressor serves., got"):

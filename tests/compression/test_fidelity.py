@@ -52,9 +52,9 @@ def compressed(compressor, monkeypatch) -> list[int]:
     ratios: list[int] = []
     really = Compressor._compress
 
-    def count(self, texts, ratio, *args):
-        ratios.extend([ratio] * len(texts))
-        return really(self, texts, ratio, *args)
+    def count(self, texts, own, *args):
+        ratios.extend(own)
+        return really(self, texts, own, *args)
 
     monkeypatch.setattr(Compressor, "_compress", count)
     return ratios
@@ -317,6 +317,14 @@ def test_a_higher_floor_tries_only_the_ratios_not_tried_yet(compressor, generato
     [memory], [cached] = cache.get_or_compress(TEXTS[:1], compressor, min_fidelity=0, generator=generator)
     assert (memory.ratio, cached) == (8, True)
     assert compressed == [8, 4, 2]
+
+
+def test_each_text_goes_down_from_a_ratio_of_its_own(compressor, generator, compressed) -> None:
+    assert [m.ratio for m in compressor.compress(TEXTS[:2], (2, 8), min_fidelity=0, generator=generator)] == [2, 8]
+    compressed.clear()
+    raw = compressor.compress(TEXTS[:2], (2, 8), min_fidelity=1, generator=generator)
+    assert [memory.ratio for memory in raw] == [1, 1]
+    assert compressed == [8, 4, 2, 2]  # the first text is never tried above its own
 
 
 def test_a_memory_that_nobody_has_checked_is_checked(compressor, generator, cache) -> None:

@@ -384,6 +384,21 @@ def test_predictions_hold_what_the_row_is_the_mean_of(compressor: Compressor, tm
     assert report.rows[0].prompt_tokens_mean == sum(line["prompt_tokens"] for line in lines) / 3
 
 
+def test_ratios_by_rank_stand_beside_single_ones_with_as_many_tokens_for_every_system(
+    compressor: Compressor, systems: Systems, tmp_path: Path
+) -> None:
+    rows = run(compressor, ["pic", "truncate"], (4, [4, 16], 16), predictions=tmp_path / "said.jsonl").rows
+    assert [(row.system, row.ratio) for row in rows] == [
+        (system, ratio) for system in ("pic", "truncate") for ratio in (4, "4+16", 16)
+    ]
+    four, mixed, sixteen, *cut = [row.prompt_tokens_mean for row in rows]
+    assert sixteen < mixed < four
+    assert cut == [four, mixed, sixteen]
+    for asked, shown in zip(ask(), systems.show("pic", ask(), (4, 16)), strict=True):
+        assert [memory.ratio for memory in shown.memories] == [4, 16, 16][: len(asked.contexts)]
+    assert {line["ratio"] for line in read_lines(tmp_path / "said.jsonl")} == {4, "4+16", 16}
+
+
 def test_the_batch_size_changes_no_score(compressor: Compressor) -> None:
     one, three = (run(compressor, ["pic", "text"], batch_size=size).to_dict()["rows"] for size in (1, 3))
     assert [{key: row[key] for key in KEYS} for row in one] == [{key: row[key] for key in KEYS} for row in three]
@@ -402,6 +417,7 @@ def test_a_report_is_saved_as_json(compressor: Compressor, tmp_path: Path) -> No
         ([], (4,), "systems must be a list of at least one name"),
         ("pic", (4,), "systems must be a list of at least one name, got 'pic'"),
         (["pic"], (5,), "ratio must be one of 4, 8, 16, 32 "),
+        (["pic"], (4, (4, 5)), "ratio must be one of 4, 8, 16, 32 "),
         (["pic"], (), "ratios must hold at least one ratio"),
         (["text+reader"], (4,), r"'text\+reader' must have a compressor with a reader"),
         (["truncate+reader"], (4,), r"'truncate\+reader' must have a compressor with a reader"),

@@ -33,9 +33,10 @@ else:
 class CompressionSettings(ModelSettings):
     """How documents become memories."""
 
-    ratio: int | None = None
-    """Text tokens per memory token; None: the compressor's default. With `min_fidelity` the highest one to try; None:
-    the highest that is served."""
+    ratio: int | tuple[int, ...] | None = None
+    """Text tokens per memory token; None: the compressor's default. `[2, 16]` is 2 for the first document, which a
+    retriever finds best, and 16 for all others. With `min_fidelity` the highest one to try; None: the highest that is
+    served."""
 
     min_fidelity: float | None = Field(default=None, ge=0.0, le=1.0)
     """Each text gets the highest ratio whose memory keeps so much of it, as the generator finds, else stays raw text

@@ -164,6 +164,17 @@ def test_another_ratio_makes_other_memories(tiny_compressor, store, nodes):
         handles(ratio=5)
 
 
+def test_ratios_go_to_nodes_by_their_rank(tiny_compressor, store, nodes):
+    def handles(ratio) -> list[str]:
+        compressor = PICCompressor(compressor=tiny_compressor, store=store, ratio=ratio)
+        return [shown(node) for node in PICCompressor.postprocess_nodes(compressor, nodes)]
+
+    fine, coarse = handles(4), handles(16)
+    assert handles([4, 16]) == [fine[0], *coarse[1:]]
+    settings = PICCompressor(ratio=[4, 16])
+    assert PICCompressor.from_dict(settings.to_dict()).ratio == (4, 16)
+
+
 def test_min_fidelity_lets_each_text_keep_what_it_needs(tiny_compressor, tiny_generator, store, nodes, llm):
     def memory_tokens(floor: float) -> int:
         compressor = PICCompressor(

@@ -224,6 +224,17 @@ def test_the_trace_shows_how_many_tokens_were_saved_and_whose_child_the_run_is(c
     assert run.outputs["cached_documents"] == len(documents)
 
 
+def test_ratios_go_to_documents_by_their_rank(compressor, documents):
+    ranked = compressor.model_copy(update={"ratio": PICCompressor(ratio=[4, 16]).ratio})
+    fine, coarse = (compressor.model_copy(update={"ratio": ratio}) for ratio in (4, 16))
+    shown, *others = (
+        [document.page_content for document in each.compress_documents(documents, "q")]
+        for each in (ranked, fine, coarse)
+    )
+    assert shown == [others[0][0], *others[1][1:]]
+    assert [document.metadata["pic_ratio"] for document in ranked.compress_documents(documents, "q")][:2] == [4, 16]
+
+
 def test_a_failure_ends_the_traced_run_with_the_error(compressor, documents):
     class Errors(BaseCallbackHandler):
         seen: list[BaseException] = []  # noqa: RUF012

@@ -10,12 +10,12 @@ class PICCompressStartEvent(BaseEvent):
 
     Attributes:
         documents: nodes with text.
-        ratio: text tokens per memory token; None is the compressor's default.
+        ratio: text tokens per memory token, as it was set; None is the compressor's default.
         compressor: the compressor's folder or hub id; None is the one shipped with pic-rag.
     """
 
     documents: int
-    ratio: int | None
+    ratio: int | tuple[int, ...] | None
     compressor: str | None
 
     @classmethod

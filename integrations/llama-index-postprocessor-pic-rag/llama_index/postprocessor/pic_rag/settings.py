@@ -28,10 +28,11 @@ class CompressionSettings(BaseModel):
     model_name: str | None = Field(
         default=None, description="Folder or hub id of a trained compressor; None: the one shipped with pic-rag."
     )
-    ratio: int | None = Field(
+    ratio: int | tuple[int, ...] | None = Field(
         default=None,
-        description="Text tokens per memory token; None: the compressor's default. With min_fidelity the highest one "
-        "to try; None: the highest that is served.",
+        description="Text tokens per memory token; None: the compressor's default. [2, 16] is 2 for the first node, "
+        "which a retriever finds best, and 16 for all others. With min_fidelity the highest one to try; None: the "
+        "highest that is served.",
     )
     min_fidelity: float | None = Field(
         default=None,
