@@ -82,7 +82,7 @@ class Checkpoint:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write the checkpoint; files already there are replaced one by one, each of them whole."""
+        """Write the checkpoint. One that is cut while it takes an older one's place is no checkpoint, never a mixture."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         settings = {
@@ -97,6 +97,7 @@ class Checkpoint:
             # `save_file` would make a file that nobody but its owner may read
             weights.write_bytes(save({name: tensor.contiguous() for name, tensor in self.weights.items()}))
             config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+            (target / CONFIG_FILE).unlink(missing_ok=True)  # comes back last: without it nothing is read
             if self.reader is not None and self.reader.resolve() != (target / READER_FOLDER).resolve():
                 # by `copyfile`, without modes: peft's files are for their owner only
                 shutil.copytree(self.reader, Path(staging, READER_FOLDER), copy_function=shutil.copyfile)

@@ -159,6 +159,29 @@ def test_save_and_load_keep_memories_and_fingerprint(compressor, tmp_path):
         assert one.handle == other.handle
 
 
+@pytest.mark.parametrize("cut_at", [0, 1])
+def test_a_save_that_is_cut_leaves_no_mixture_of_two_checkpoints(
+    compressor, tiny_model, tiny_tokenizer, tmp_path, monkeypatch, cut_at
+):
+    Compressor.from_base(tiny_model, tiny_tokenizer, PicConfig(ratios=(2, 4), lora_rank=0)).save_pretrained(tmp_path)
+    moves = []
+
+    def replace(source, target):
+        if len(moves) == cut_at:
+            raise KeyboardInterrupt
+        moves.append(target)
+        return os.rename(source, target)
+
+    monkeypatch.setattr("pic_rag.models.checkpoint.os.replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        compressor.save_pretrained(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(FileNotFoundError, match="must hold config.json, got .* without it"):
+        Checkpoint.load(tmp_path)
+    compressor.save_pretrained(tmp_path)
+    assert Checkpoint.load(tmp_path).fingerprint == compressor.fingerprint
+
+
 def test_an_untrained_compressor_is_the_same_every_time(tiny_model, tiny_tokenizer):
     torch.manual_seed(1)
     one = Compressor.from_base(tiny_model, tiny_tokenizer, CONFIG)
