@@ -14,10 +14,10 @@ from pic_rag.cli.options import (
     Commands,
     add_command,
     add_model_options,
+    add_ratio,
     loading,
     positive,
     progress,
-    ratios,
     share,
     show_bars,
 )
@@ -40,13 +40,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument("--docs", nargs="+", default=[], metavar="PATH", help="files, and folders of files")
     parser.add_argument("--index", type=Path, metavar="DIR", help="keep passages and memories here, and use what is")
-    parser.add_argument(
-        "--ratio",
-        type=ratios,
-        metavar="N[+M...]",
-        help="text tokens per memory token (default: the compressor's own); 2+16: 2 for the best passage, 16 for the "
-        "others",
-    )
+    add_ratio(parser, ranked=True)
     parser.add_argument(
         "--min-fidelity",
         type=share,

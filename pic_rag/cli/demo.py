@@ -37,7 +37,7 @@ def add_parser(commands: Commands) -> None:
         description="Answer ten questions about eight short documents twice: from memories and from the full text. "
         "For each: the answer, and the tokens the generator read for it.",
     )
-    add_ratio(parser)
+    add_ratio(parser, ranked=True)
     parser.add_argument("--top-k", type=positive, default=3, metavar="N", help="passages shown to the generator")
     parser.add_argument("--limit", type=positive, metavar="N", help="the first N questions only")
     add_model_options(parser)
@@ -67,9 +67,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print_head(rag: PicRag, files: int, args: argparse.Namespace) -> None:
-    ratio = rag.compressor.config.check_ratio(args.ratio)
+    from pic_rag.compression.ratios import ratio_of_each
+
+    ratios = ratio_of_each(args.ratio, args.top_k, rag.compressor.config.check_ratio)
+    each = ", ".join(map(str, dict.fromkeys(ratios)))
     print(f"{files} documents in {len(rag.retriever)} passages; each answer is given from the {args.top_k} best,")
-    print(f"read as memory tokens ({ratio} text tokens each) and as full text.")
+    print(f"read as memory tokens ({each} text tokens each) and as full text.")
     print(f"Generator: {rag.generator.model_id.partition('@')[0]}")
     if note := rag.compressor.checkpoint.quality:
         print(f"Note: {note}")

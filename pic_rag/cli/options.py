@@ -33,10 +33,14 @@ def add_model_options(parser: argparse.ArgumentParser, *, generator: bool = True
     models.add_argument("--dtype", help="such as float32, bfloat16 (default: what the device is fast at)")
 
 
-def add_ratio(parser: argparse.ArgumentParser) -> None:
-    """How far to compress."""
+def add_ratio(parser: argparse.ArgumentParser, *, ranked: bool = False) -> None:
+    """How far to compress; where passages are ranked, each rank may have a ratio of its own."""
+    ranks = "; 2+16: 2 for the best passage, 16 for the others" if ranked else ""
     parser.add_argument(
-        "--ratio", type=positive, metavar="N", help="text tokens per memory token (default: the compressor's own)"
+        "--ratio",
+        type=ratios if ranked else positive,
+        metavar="N",
+        help=f"text tokens per memory token (default: the compressor's own){ranks}",
     )
 
 

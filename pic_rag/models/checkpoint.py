@@ -82,7 +82,7 @@ class Checkpoint:
         )
 
     def save(self, folder: str | Path) -> None:
-        """Write the checkpoint. One that is cut while it takes an older one's place is no checkpoint, never a mixture."""
+        """Write the checkpoint. Cut while it takes an older one's place, it leaves no checkpoint, never a mixture."""
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         settings = {
