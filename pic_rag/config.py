@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, get_args
+from operator import index
+from typing import Any, Literal, SupportsIndex, get_args
 
 TextScope = Literal["segment", "chunk"]
 MemoryScope = Literal["chunk", "chunk+past", "segment"]
@@ -103,10 +104,10 @@ class PicConfig:
         """
         if ratio is None:
             return self.ratio
-        if type(ratio) is not int or ratio not in self.ratios:
+        if isinstance(ratio, bool) or not isinstance(ratio, SupportsIndex) or index(ratio) not in self.ratios:
             served = ", ".join(map(str, self.ratios))
             raise ValueError(f"ratio must be one of {served} (the ratios this compressor serves), got {ratio!r}.")
-        return ratio
+        return index(ratio)
 
     @property
     def foldable(self) -> bool:

@@ -23,6 +23,7 @@ from pic_rag.models import embedded
 from pic_rag.prompts import rag_messages
 from pic_rag.retrieval.documents import Document, DocumentError, load_documents, real_path
 from pic_rag.retrieval.index_folder import damaged, write_file
+from pic_rag.retrieval.passages import origin
 from pic_rag.retrieval.retriever import Hit, Retriever
 from pic_rag.store import STORE_FILE, MemoryCache, MemoryStore, SQLiteStore
 
@@ -120,6 +121,7 @@ class PicRag:
         self.retriever = retriever
         self.compressor = compressor
         self.generator = generator
+        self._own_store = store is not None
         store = store if store is not None else SQLiteStore(embedded.cache_folder() / STORE_FILE)
         self.cache = MemoryCache(store, compressor.fingerprint, namespace=namespace)
 
@@ -146,7 +148,8 @@ class PicRag:
             device: None picks cuda, mps or cpu.
             dtype: None picks the device's fast one.
         """
-        return cls._around(Retriever(embedder), compressor, generator, store, namespace, device=device, dtype=dtype)
+        retriever = Retriever(embedder, device=_device_name(device))
+        return cls._around(retriever, compressor, generator, store, namespace, device=device, dtype=dtype)
 
     @classmethod
     def load(cls, folder: str | Path, **loading: Any) -> PicRag:  # noqa: ANN401 - from_pretrained's arguments
@@ -168,9 +171,12 @@ class PicRag:
             loading.setdefault("compressor", json.loads(path.read_text(encoding="utf-8"))["compressor"])
         except (ValueError, KeyError, TypeError) as error:
             raise damaged(Path(folder), f"an unreadable '{SETTINGS_FILE}' ({error})") from error
-        retriever = Retriever.load(folder, loading.pop("embedder", None))
-        store = loading.pop("store", None) or SQLiteStore(Path(folder) / STORE_FILE)
-        return cls._around(retriever, store=store, **loading)
+        device = _device_name(loading.get("device"))
+        retriever = Retriever.load(folder, loading.pop("embedder", None), device=device)
+        rag = cls._around(retriever, **loading)
+        if not rag._own_store:
+            rag._keep_in(Path(folder))
+        return rag
 
     @classmethod
     def _around(
@@ -188,7 +194,10 @@ class PicRag:
         return cls(retriever, loaded, reading, store=store, namespace=namespace)
 
     def save(self, folder: str | Path) -> None:
-        """Write passages, search index and the compressor's name; memories made from now on are kept there too."""
+        """Write passages, search index and the compressor's name; from now on memories are kept there, too.
+
+        Memories stay in a store that was given as `store`.
+        """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         self.retriever.save(target)
@@ -197,29 +206,35 @@ class PicRag:
             name = str(Path(name).resolve())  # the index may be opened from another folder
         settings = {"compressor": name}
         write_file(target / SETTINGS_FILE, f"{json.dumps(settings, indent=2)}\n".encode())
+        if not self._own_store:
+            self._keep_in(target)
+
+    def _keep_in(self, folder: Path) -> None:
+        """Memories go to, and come from, the store of an index folder."""
         kept = self.cache
         self.cache = MemoryCache(
-            SQLiteStore(target / STORE_FILE), kept.fingerprint, namespace=kept.namespace, at_rest=kept.at_rest
+            SQLiteStore(folder / STORE_FILE), kept.fingerprint, namespace=kept.namespace, at_rest=kept.at_rest
         )
 
     def add(self, documents: Iterable[Document], *, progress: bool | None = None) -> int:
         """Index documents, in place of what was indexed from the same sources. Returns the number of new passages."""
         return self.retriever.add(documents, progress=progress)
 
-    def add_files(self, paths: Sequence[str | Path], *, progress: bool | None = None) -> list[DocumentError]:
+    def add_files(
+        self, paths: str | Path | Iterable[str | Path], *, progress: bool | None = None
+    ) -> list[DocumentError]:
         """Index text, Markdown and PDF files and folders of them; returns what could not be read, and why.
 
         The index then says what these paths say now: a changed file is indexed again, and one that was indexed before
         but is gone or cannot be read any more is forgotten.
         """
+        paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         loaded = load_documents(paths, progress=progress)
         self.add(loaded.documents, progress=progress)
-        known = {document.source for document in loaded.documents}
+        known = {origin(document) for document in loaded.documents}
         roots = [Path(place) for path in paths for place in (os.path.abspath(path), real_path(path))]
-        self.retriever.remove(
-            passage.source
-            for passage in self.retriever.passages
-            if passage.source not in known and _is_under(passage.metadata.get("path"), roots)
+        self.retriever.remove_where(
+            lambda passage: origin(passage) not in known and _is_under(passage.metadata.get("path"), roots)
         )
         return loaded.problems
 
@@ -282,7 +297,7 @@ class PicRag:
             raise ValueError(f"question must hold at least one word, got {question!r}.")
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
-        ratio_of_each(ratio, 0, self.compressor.config.check_ratio)
+        ratio_of_each(ratio, 0, self.compressor.config.check_ratio if min_fidelity is None else self.compressor.ladder)
         watch = _Watch()
         hits = self.retriever.search(question, top_k)
         watch.lap("retrieve")
@@ -368,6 +383,10 @@ class PicRag:
 
     def _token_ids(self, text: str) -> list[int]:
         return list(self.generator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _device_name(device: str | torch.device | None) -> str | None:
+    return None if device is None else str(device)
 
 
 def _is_under(path: str | None, roots: Sequence[Path]) -> bool:

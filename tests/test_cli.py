@@ -112,6 +112,7 @@ def test_help_answers_without_a_heavy_import() -> None:
         ["train", "run.yaml", "--minutes", "-1"],
         ["train", "run.yaml", "--minutes", "nan"],
         ["eval", "--data", "q.jsonl", "--json", "o.json", "--ratios", "4,many"],
+        ["eval", "--data", "q.jsonl", "--json", "o.json", "--ratios", "4,2+16", "--floors", "0.5"],
     ],
 )
 def test_wrong_usage_is_exit_code_2(arguments, capsys) -> None:

@@ -187,6 +187,33 @@ def test_files_are_added_and_bad_ones_are_named(rag, tmp_path) -> None:
     assert rag.add([Document.from_text(TEXTS["frogs.md"], source="frogs.md")]) == 0
 
 
+def test_one_path_or_any_iterable_of_them_forgets_nothing_else(rag, tmp_path) -> None:
+    for name in ("one", "two", "three"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "page.md").write_text(f"This is page {name}.")
+    before = len(rag.retriever)
+    assert rag.add_files(str(tmp_path / "one")) == rag.add_files(tmp_path / "two") == []
+    assert rag.add_files(iter([tmp_path / "three"])) == []
+    assert len(rag.retriever) == before + 3
+    (tmp_path / "three" / "page.md").unlink()
+    (tmp_path / "three" / "other.md").write_text("Another page.")
+    rag.add_files(iter([tmp_path / "three"]))
+    assert {passage.text for passage in rag.retriever.passages[before:]} == {
+        "This is page one.", "This is page two.", "Another page."
+    }  # fmt: skip
+
+
+def test_the_same_relative_path_in_two_folders_is_two_documents(rag, tmp_path, monkeypatch) -> None:
+    for project in ("one", "two"):
+        (tmp_path / project / "docs").mkdir(parents=True)
+        (tmp_path / project / "docs" / "README.md").write_text(f"About project {project}.")
+    before = len(rag.retriever)
+    for project in ("one", "two", "one"):
+        monkeypatch.chdir(tmp_path / project)
+        rag.add_files(["docs"])
+    assert [passage.text for passage in rag.retriever.passages[before:]] == ["About project one.", "About project two."]
+
+
 def test_an_index_says_what_its_files_say_now(folder, tmp_path) -> None:
     docs = tmp_path / "docs"
     docs.mkdir()
@@ -250,7 +277,9 @@ def test_a_damaged_index_is_named(rag, tmp_path, settings) -> None:
         PicRag.load(tmp_path / "index")
 
 
-def test_an_index_is_the_same_after_save_and_load(rag, folder, tmp_path) -> None:
+def test_an_index_is_the_same_after_save_and_load(folder, tmp_path) -> None:
+    rag = PicRag.from_pretrained(folder / "compressor", embedder=str(folder / "embedder"), **LOADING)
+    rag.add([Document.from_text(text, source=source) for source, text in TEXTS.items()])
     rag.save(tmp_path / "index")
     first = rag.ask(QUESTION, max_new_tokens=8)
     loaded = PicRag.load(tmp_path / "index", embedder=str(folder / "embedder"), **LOADING)
@@ -261,6 +290,8 @@ def test_an_index_is_the_same_after_save_and_load(rag, folder, tmp_path) -> None
     elsewhere = SQLiteStore(tmp_path / "elsewhere.sqlite")
     other = PicRag.load(tmp_path / "index", embedder=str(folder / "embedder"), store=elsewhere, **LOADING)
     assert not any(document.cached for document in other.ask(QUESTION, max_new_tokens=2).documents)
+    other.save(tmp_path / "another index")  # memories stay in a store of one's own
+    assert all(document.cached for document in other.ask(QUESTION, max_new_tokens=2).documents)
 
 
 def test_an_index_opens_from_another_working_folder(folder, tmp_path, monkeypatch) -> None:

@@ -840,5 +840,22 @@ def test_a_sqlite_file_that_may_not_be_written_is_read(open_folder) -> None:
             with pytest.raises(StoreError, match="must be readable and writable, got: .*readonly"):
                 store.mset([("b", b"2")])
             assert list(store.yield_keys()) == ["a"]
+            os.seteuid(own)
+            path.chmod(0o644)
+            with SQLiteStore(path) as owner:  # rewrites the file below the open reader
+                owner.mset([(f"key {number}", bytes(4096)) for number in range(200)])
+            os.seteuid(own or 65534)
+            assert store.mget(["a", "key 199"]) == [b"1", bytes(4096)]
     finally:
         os.seteuid(own)
+
+
+def test_a_relative_path_stays_where_it_was(tmp_path, monkeypatch) -> None:
+    """Whatever the working folder is when the file is opened, or opened again."""
+    monkeypatch.chdir(tmp_path)
+    store = SQLiteStore("memories.sqlite")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    store.mset([("a", b"1")])
+    store.close()
+    assert SQLiteStore(tmp_path / "memories.sqlite").mget(["a"]) == [b"1"]

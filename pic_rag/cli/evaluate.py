@@ -65,11 +65,13 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--predictions", metavar="OUT", help="JSONL file to write every answer to")
     _add_data_options(parser)
     add_model_options(parser, generator=False)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
+    if args.floors and not all(isinstance(ratio, int) for ratio in args.ratios):
+        args.usage_error("--floors picks among single --ratios, got ratios by rank among them")
     questions, data = _questions(args)
     compressor = load_compressor(args)
     if args.floors:

@@ -31,7 +31,8 @@ def ratio_of_each(ratio: Ratio, texts: int, check: Callable[[int | None], T]) ->
     >>> ratio_of_each((2, 16), 3, lambda ratio: ratio)
     [2, 16, 16]
     """
-    given = list(ratio) if isinstance(ratio, (list, tuple)) else [cast("int | None", ratio)]
+    several = isinstance(ratio, Sequence) and not isinstance(ratio, str)
+    given = list(cast("Sequence[int | None]", ratio)) if several else [cast("int | None", ratio)]
     if not given:
         raise ValueError(f"ratio must be a number or a sequence of at least one, got {ratio!r}. None is the default.")
     checked = [check(own) for own in given]

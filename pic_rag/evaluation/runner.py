@@ -140,6 +140,7 @@ def evaluate(
         compressor = Compressor.from_pretrained(compressor, device=device, dtype=dtype)
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
     served = Systems(compressor, embedder=embedder, messages=TASKS[task].messages, **loading)
+    ratios = [tuple(ratio) if isinstance(ratio, Sequence) else ratio for ratio in ratios]
     run = _Run(served, list(questions), TASKS[task], max_new_tokens, batch_size)
     plan = run.plan(systems, ratios)
     with ExitStack() as open_files, tqdm(
@@ -173,7 +174,7 @@ class _Run:
             raise ValueError(f"systems must be a list of at least one name, got {systems!r}.")
         for system in systems:
             self.systems.check(system)
-        served = list(dict.fromkeys(tuple(ratio) if isinstance(ratio, list) else ratio for ratio in ratios))
+        served = list(dict.fromkeys(ratios))
         for ratio in served:
             ratio_of_each(ratio, 0, self.systems.compressor.config.check_ratio)
         if not served and RATIO_SYSTEMS.intersection(systems):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
@@ -28,10 +29,8 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise ValueError(
-                f"max_new_tokens must be at least 1, got {self.max_new_tokens}. Ask for one token or more."
-            )
+        if not isinstance(self.max_new_tokens, Integral) or self.max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {self.max_new_tokens!r}.")
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"stop must be a list of non-empty strings, got {self.stop!r}. Write stop=['END'].")
         if not 0.0 <= self.temperature < float("inf"):

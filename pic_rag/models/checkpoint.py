@@ -97,10 +97,12 @@ class Checkpoint:
             # `save_file` would make a file that nobody but its owner may read
             weights.write_bytes(save({name: tensor.contiguous() for name, tensor in self.weights.items()}))
             config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            (target / CONFIG_FILE).unlink(missing_ok=True)  # comes back last: without it nothing is read
-            if self.reader is not None and self.reader.resolve() != (target / READER_FOLDER).resolve():
+            moves_reader = self.reader is not None and self.reader.resolve() != (target / READER_FOLDER).resolve()
+            if self.reader is not None and moves_reader:
                 # by `copyfile`, without modes: peft's files are for their owner only
                 shutil.copytree(self.reader, Path(staging, READER_FOLDER), copy_function=shutil.copyfile)
+            (target / CONFIG_FILE).unlink(missing_ok=True)  # comes back last: without it nothing is read
+            if moves_reader:
                 shutil.rmtree(target / READER_FOLDER, ignore_errors=True)
                 os.replace(Path(staging, READER_FOLDER), target / READER_FOLDER)
             os.replace(weights, target / WEIGHTS_FILE)

@@ -121,7 +121,11 @@ def load_documents(
 def find_documents(paths: Iterable[str | os.PathLike[str]]) -> Iterator[Path | DocumentError]:
     """Yield each file that `load_documents` would load, once, and an error for each folder that leads to none."""
     seen: set[str] = set()
-    for root in (Path(os.path.normpath(path)) for path in paths):
+    for path in paths:
+        if not os.fspath(path):  # of an unset variable, perhaps: it would be the current folder
+            yield DocumentError("''", "name a file or a folder", "an empty path", "Write . for the current folder.")
+            continue
+        root = Path(os.path.normpath(path))
         for item in _walk_folder(root) if os.path.isdir(root) else (root,):
             if isinstance(item, DocumentError):
                 yield item

@@ -46,6 +46,12 @@ class Passage:
             object.__setattr__(self, "hash", hashlib.sha256(content).hexdigest())
 
 
+def origin(item: Document | Passage) -> tuple[str, str | None]:
+    """What tells documents apart: the source, and where it was loaded from a file also the absolute path."""
+    path = item.metadata.get("path")
+    return item.source, None if path is None else str(path)
+
+
 class PassageSplitter:
     """Cuts documents at paragraphs, else at lines, sentences, words.
 

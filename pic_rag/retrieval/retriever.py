@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -35,7 +35,7 @@ from pic_rag.retrieval.index_folder import (
     read_state,
     write_folder,
 )
-from pic_rag.retrieval.passages import OVERLAP_CHARACTERS, PASSAGE_CHARACTERS, Passage, PassageSplitter
+from pic_rag.retrieval.passages import OVERLAP_CHARACTERS, PASSAGE_CHARACTERS, Passage, PassageSplitter, origin
 
 PASSAGES_A_STEP = 512
 
@@ -129,13 +129,19 @@ class Retriever:
                     step = fresh[start : start + PASSAGES_A_STEP]
                     self._append(step, self._model.encode_document([p.text for p in step], **self._encode_options))
                     bar.update(len(step))
-            self._replace({document.source for document in documents}, wanted)
+            origins = {origin(document) for document in documents}
+            self._replace(lambda passage: origin(passage) in origins, wanted)
         return len(fresh)
 
     def remove(self, sources: Iterable[str]) -> int:
         """Forget all passages of some sources; returns how many those were."""
+        named = set(sources)
+        return self.remove_where(lambda passage: passage.source in named)
+
+    def remove_where(self, condition: Callable[[Passage], bool]) -> int:
+        """Forget all passages that meet a condition; returns how many those were."""
         with self._adding:
-            return self._replace(set(sources), {})
+            return self._replace(condition, {})
 
     def split(self, document: Document) -> list[Passage]:
         """Return the passages of one document, in order.
@@ -163,7 +169,7 @@ class Retriever:
         embedding = self._model.encode_query([query], **self._encode_options)
         with self._lock:
             wanted = top_k
-            while True:
+            while self._passages:  # others may have removed them meanwhile
                 wanted = min(wanted, len(self._passages))
                 scores, rows = self._index.search(embedding, wanted)
                 hits: dict[str, Hit] = {}
@@ -173,6 +179,7 @@ class Retriever:
                 if len(hits) >= top_k or wanted == len(self._passages):
                     return list(hits.values())[:top_k]
                 wanted *= 2
+        return []
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write the retriever into a folder, which may hold other files; a killed process leaves the old state.
@@ -242,13 +249,11 @@ class Retriever:
             self._index.add(np.ascontiguousarray(embeddings, dtype=np.float32))
             self._hashes.update(passage.hash for passage in passages)
 
-    def _replace(self, sources: Collection[str], wanted: Mapping[str, Passage]) -> int:
-        """Of the sources, keep the wanted passages, by hash, as they are now; returns how many went."""
+    def _replace(self, is_replaced: Callable[[Passage], bool], wanted: Mapping[str, Passage]) -> int:
+        """Of these passages, keep the wanted ones, by hash, as they are now; returns how many went."""
         with self._lock:
             gone = [
-                row
-                for row, passage in enumerate(self._passages)
-                if passage.source in sources and passage.hash not in wanted
+                row for row, passage in enumerate(self._passages) if passage.hash not in wanted and is_replaced(passage)
             ]
             # later rows move up, as in the list
             self._index.remove_ids(faiss.IDSelectorBatch(np.array(gone, dtype=np.int64)))

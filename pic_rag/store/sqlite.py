@@ -42,10 +42,11 @@ class SQLiteStore:
         """Remember the path; touch nothing."""
         if timeout_s < 0:
             raise ValueError(f"timeout_s must be at least 0, got {timeout_s}.")
-        self.path = Path(path)
+        self.path = Path(path).absolute()
         self.timeout_s = timeout_s
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
+        self._immutable = False
         _survive_forks()
         _stores.add(self)
 
@@ -143,6 +144,8 @@ class SQLiteStore:
                 if self._connection is None:
                     self._connection = self._open()
                 yield self._connection
+                if self._immutable:  # it may be written to from now on, which such a connection would not notice
+                    self.close()
             except BaseException as error:
                 self.close()
                 if isinstance(error, (sqlite3.DatabaseError, OSError)):
@@ -155,9 +158,10 @@ class SQLiteStore:
         if self.path.is_file() and not os.access(self.path, os.W_OK, effective_ids=effective):
             # Part of an image or of somebody else's installation. Without a log beside it nobody is writing to it, and
             # SQLite need not make one to read it.
-            logged = self.path.with_name(f"{self.path.name}-wal").exists()
-            return self._connect(f"{self.path.absolute().as_uri()}?mode=ro{'' if logged else '&immutable=1'}")
-        connection = self._connect(self.path.absolute().as_uri())
+            self._immutable = not self.path.with_name(f"{self.path.name}-wal").exists()
+            return self._connect(f"{self.path.as_uri()}?mode=ro{'&immutable=1' if self._immutable else ''}")
+        self._immutable = False
+        connection = self._connect(self.path.as_uri())
         try:
             self._start_logging(connection)
             connection.execute("PRAGMA synchronous=NORMAL")

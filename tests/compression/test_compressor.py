@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -159,6 +160,19 @@ def test_save_and_load_keep_memories_and_fingerprint(compressor, tmp_path):
         assert one.handle == other.handle
 
 
+def test_a_save_that_fails_before_anything_is_replaced_loses_nothing(tmp_path, monkeypatch):
+    shipped = Checkpoint.load()
+    shipped.save(tmp_path)
+
+    def full(*args, **kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("pic_rag.models.checkpoint.shutil.copytree", full)
+    with pytest.raises(OSError, match="No space left"):
+        shipped.save(tmp_path)
+    assert Checkpoint.load(tmp_path).fingerprint == shipped.fingerprint
+
+
 @pytest.mark.parametrize("cut_at", [0, 1])
 def test_a_save_that_is_cut_leaves_no_mixture_of_two_checkpoints(
     compressor, tiny_model, tiny_tokenizer, tmp_path, monkeypatch, cut_at
@@ -271,6 +285,7 @@ def test_each_text_may_have_a_ratio_of_its_own(compressor):
         assert memory.handle == alone.handle == compressor.handle(text, ratio)
         torch.testing.assert_close(memory.embeddings, alone.embeddings)
     assert [memory.ratio for memory in compressor.compress(texts[:1], [16, 4])] == [16]
+    assert [type(m.ratio) for m in compressor.compress(texts[:2], (np.int64(4), np.int64(16)))] == [int, int]
     assert compressor.compress([], [16, 4]) == []
 
 

@@ -65,6 +65,14 @@ def test_a_file_reached_twice_is_loaded_once(tmp_path: Path) -> None:
     assert len(load_documents([tmp_path, tmp_path / "a.md"]).documents) == 1
 
 
+def test_an_empty_path_is_a_problem_and_not_the_current_folder(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "a.md").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    loaded = load_documents(["", "a.md"])
+    assert [document.text for document in loaded.documents] == ["text"]
+    assert "must name a file or a folder, got an empty path" in str(loaded.problems[0])
+
+
 def test_ids_depend_on_source_and_text_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.md").write_text("one")
     (tmp_path / "b.md").write_text("one")

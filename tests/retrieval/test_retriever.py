@@ -105,6 +105,17 @@ def test_a_removed_source_is_not_found_any_more(retriever: Retriever, tmp_path: 
     assert again.add([Document.from_text(TEXTS["trams.md"], source="trams.md")]) == 1
 
 
+def test_a_search_while_everything_is_removed_finds_nothing(retriever: Retriever, monkeypatch) -> None:
+    really = retriever._model.encode_query
+
+    def remove_meanwhile(*args, **kwargs):
+        retriever.remove(TEXTS)
+        return really(*args, **kwargs)
+
+    monkeypatch.setattr(retriever._model, "encode_query", remove_meanwhile)
+    assert retriever.search("frogs") == []
+
+
 def test_the_same_text_from_two_sources_is_kept_twice(retriever: Retriever) -> None:
     assert retriever.add([Document.from_text(TEXTS["frogs.md"], source="copy.md")]) == 1
 
