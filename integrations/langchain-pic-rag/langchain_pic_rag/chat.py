@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import aclosing, closing
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from langchain_core.callbacks import AsyncCallbackManagerForLLMRun, CallbackManagerForLLMRun
@@ -18,6 +19,7 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, model_validator
 
+import pic_rag
 from langchain_pic_rag.guard import LLM_TYPE
 from langchain_pic_rag.messages import to_prompt, tool_chunk, usage
 from langchain_pic_rag.settings import ModelSettings
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from pic_rag import BaseGenerator, Compressor, Generation, Memory
 else:
     BaseGenerator = Any  # pydantic reads annotations at import, when torch must not be loaded yet
+
+logger = logging.getLogger(__name__)
 
 _REMEDY = (
     "This namespace of the store has neither its memory, made by this compressor, nor its text. Compress its document "
@@ -120,8 +124,9 @@ class ChatPIC(ModelSettings, BaseChatModel):
         return {
             "model_name": self._name,
             "compressor_fingerprint": self.get_checkpoint().fingerprint,
-            "generator": self.get_generator().model_id,
-            "generator_dtype": str(self.get_generator().model.dtype),
+            "generator": self.get_checkpoint().generator.id,
+            "generator_dtype": self.dtype if self.generator is None else str(self.generator.model.dtype),
+            "device": self.device,
             "store": repr(self.get_store()),
             "namespace": self.namespace,
             "own_stop": self.stop,  # LangChain puts the call's own in the place of "stop"
@@ -149,18 +154,22 @@ class ChatPIC(ModelSettings, BaseChatModel):
         tools: Sequence[builtins.dict[str, Any] | type | Callable[..., Any] | BaseTool],
         *,
         tool_choice: str | bool | builtins.dict[str, Any] | None = None,
+        strict: bool | None = None,
         **kwargs: Any,
     ) -> Runnable[LanguageModelInput, AIMessage]:
         """Tell the generator which tools it can call. How well it does is up to its own training.
 
         Args:
             tools: anything LangChain makes a tool of.
-            tool_choice: "any" or True asks for some call, a name (or OpenAI's dict around it) for a call of that tool;
-                None, False, "none" or "auto" leaves it open.
+            tool_choice: "any" or True asks for some call, a name (or the dict that OpenAI or Anthropic put around it)
+                for a call of that tool; None, False, "none" or "auto" leaves it open.
+            strict: has no effect: nothing makes this generator keep to a schema.
             **kwargs: bound as they are.
         """
         formatted = [convert_to_openai_tool(tool) for tool in tools]
-        wanted: Any = tool_choice["function"]["name"] if isinstance(tool_choice, dict) else tool_choice
+        wanted: Any = tool_choice
+        if isinstance(tool_choice, dict):
+            wanted = tool_choice.get("function", tool_choice).get("name") or tool_choice.get("type")
         choice = {True: "any", "required": "any", False: None, "auto": None, "none": None}.get(wanted, wanted)
         return self.bind(tools=formatted, tool_choice=choice, **kwargs)
 
@@ -199,7 +208,10 @@ class ChatPIC(ModelSettings, BaseChatModel):
         **kwargs: Any,
     ) -> ChatResult:
         call = self._call(messages, stop, kwargs)
-        generation = self.get_generator().generate(call.prompt, call.memories, **call.options)[0]
+        [generation] = self.get_generator().generate(call.prompt, call.memories, **call.options)
+        return self._result(generation, call, kwargs)
+
+    def _result(self, generation: Generation, call: _Call, kwargs: builtins.dict[str, Any]) -> ChatResult:
         use = parse_calls(generation.text) if kwargs.get("tools") else None
         message = AIMessage(
             content=use.text if use else generation.text,
@@ -228,6 +240,11 @@ class ChatPIC(ModelSettings, BaseChatModel):
                     break
                 if not kwargs.get("tools"):  # with tools the answer may be a call, which is read when it is whole
                     yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
+        yield from self._last_chunks(generation, call, kwargs)
+
+    def _last_chunks(
+        self, generation: Generation, call: _Call, kwargs: builtins.dict[str, Any]
+    ) -> Iterator[ChatGenerationChunk]:
         if kwargs.get("tools"):
             yield tool_chunk(generation.text)
         last = AIMessageChunk(
@@ -245,7 +262,9 @@ class ChatPIC(ModelSettings, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> ChatResult:
-        return await asyncio.to_thread(self._generate, messages, stop, None, **kwargs)
+        generator, call = await asyncio.to_thread(self._prepare, messages, stop, kwargs)
+        [generation] = await generator.agenerate(call.prompt, call.memories, **call.options)
+        return self._result(generation, call, kwargs)
 
     async def _astream(
         self,
@@ -254,10 +273,22 @@ class ChatPIC(ModelSettings, BaseChatModel):
         run_manager: AsyncCallbackManagerForLLMRun | None = None,
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
-        chunks = self._stream(messages, stop, None, **kwargs)
-        # A consumer that goes away drops `chunks`, whose `closing` stops the model at its next token.
-        while (chunk := await asyncio.to_thread(next, chunks, None)) is not None:
+        generator, call = await asyncio.to_thread(self._prepare, messages, stop, kwargs)
+        # A consumer that goes away closes the pieces, which stops the model at its next token.
+        async with aclosing(generator.astream(call.prompt, call.memories, **call.options)) as pieces:
+            async for piece in pieces:
+                if not isinstance(piece, str):
+                    generation = piece
+                elif not kwargs.get("tools"):
+                    yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
+        for chunk in self._last_chunks(generation, call, kwargs):
             yield chunk
+
+    def _prepare(
+        self, messages: list[BaseMessage], stop: list[str] | None, kwargs: builtins.dict[str, Any]
+    ) -> tuple[BaseGenerator, _Call]:
+        """What takes its time before the first token: the model loaded, memories read."""
+        return self.get_generator(), self._call(messages, stop, kwargs)
 
     def _call(self, messages: list[BaseMessage], stop: list[str] | None, kwargs: builtins.dict[str, Any]) -> _Call:
         if not messages:
@@ -270,7 +301,8 @@ class ChatPIC(ModelSettings, BaseChatModel):
             )
         options = {name: getattr(self, name) if kwargs.get(name) is None else kwargs[name] for name in _SAMPLING}
         options["max_new_tokens"] = options.pop("max_tokens")
-        options["stop"] = tuple(self.stop or () if stop is None else stop)
+        wanted = self.stop or () if stop is None else stop
+        options["stop"] = (wanted,) if isinstance(wanted, str) else tuple(wanted)
         prompt = to_prompt(messages, kwargs.get("tools") or (), kwargs.get("tool_choice"))
         read, handles = self.signer.unsign(prompt, only=kwargs.get("handles"))
         memories = self._memories(handles)
@@ -282,13 +314,23 @@ class ChatPIC(ModelSettings, BaseChatModel):
         wanted = list(dict.fromkeys(handles))
         if not wanted:
             return {}
-        stored = zip(wanted, self.get_memory_cache().get(wanted), strict=True)
+        stored = zip(wanted, self._stored(wanted), strict=True)
         found = {handle: memory for handle, memory in stored if memory is not None}
         found |= self._compress_again([handle for handle in wanted if handle not in found])
         for handle in wanted:
             if handle not in found:
                 raise UnknownHandleError(handle, len(found), _REMEDY)
         return found
+
+    def _stored(self, handles: Sequence[str]) -> list[Memory | None]:
+        """The memories that the store holds; a damaged one is none, and a warning."""
+        try:
+            return self.get_memory_cache().get(handles)
+        except pic_rag.MemoryFormatError as error:
+            if len(handles) == 1:
+                logger.warning("A damaged memory is made again, if its text is kept: %s", error)
+                return [None]
+            return [memory for handle in handles for memory in self._stored([handle])]
 
     def _compress_again(self, handles: Sequence[str]) -> builtins.dict[str, Memory]:
         """Memories that the store has lost, of the handles whose source text it still holds."""

@@ -165,7 +165,7 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
             ValueError: the compressor does not serve the ratio, or the query holds a handle.
             UnknownHandleError: a document was compressed before, and its text is nowhere to be found.
         """
-        _refuse_handles(query)
+        refuse_handles(query)
         _check_documents(documents)
         if not documents:
             return []
@@ -183,7 +183,7 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
         self, documents: Sequence[Document], query: str, callbacks: Callbacks | None = None
     ) -> Sequence[Document]:
         """`compress_documents` in a thread of its own: the event loop is never blocked."""
-        _refuse_handles(query)
+        refuse_handles(query)
         _check_documents(documents)
         if not documents:
             return []
@@ -225,7 +225,8 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
         return original.model_copy(update={"page_content": escape_handles(original.page_content)})
 
 
-def _refuse_handles(query: str) -> None:
+def refuse_handles(query: str) -> None:
+    """Raise ValueError when a query holds a handle."""
     if handles := find_handles(query or ""):
         raise ValueError(
             f"query must not hold a handle, got {handles[0]}. Put escape_input before the chain: users type text."

@@ -13,7 +13,7 @@ from typing import Any
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.language_models import BaseLanguageModel
 from langchain_core.messages import BaseMessage
-from langchain_core.runnables import RunnableSequence, RunnableWithFallbacks
+from langchain_core.runnables import RunnableParallel, RunnableSequence, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
 from langchain_core.tracers.context import register_configure_hook
 
@@ -30,16 +30,28 @@ def reads_handles(llm: object) -> bool:
     """Whether an LLM, or a chain that ends in one, can be given handles.
 
     True for `ChatPIC`, also behind `bind`, `with_retry`, `with_config` and `with_fallbacks` (all of them must), and for
-    a sequence with `PICRestore` or `ChatPIC` before any other LLM. Another class says so with an attribute
+    a sequence with `PICRestore` or `ChatPIC` before any other LLM; a parallel step must do so in every branch that has
+    one. Another class says so with an attribute
     `reads_handles = True`. What stands behind a lambda cannot be seen: that is False.
     """
-    if isinstance(llm, RunnableBindingBase):
-        return reads_handles(llm.bound)
-    if isinstance(llm, RunnableWithFallbacks):
-        return all(reads_handles(option) for option in (llm.runnable, *llm.fallbacks))
-    if isinstance(llm, RunnableSequence):
-        return any(reads_handles(step) for step in llm.steps[: _first_llm(llm) + 1])
-    return getattr(llm, "reads_handles", False) is True
+    return _reads(llm) is True
+
+
+def _reads(step: object) -> bool | None:
+    """Whether what comes into a step may hold handles: None where no LLM is in it."""
+    if isinstance(step, RunnableBindingBase):
+        return _reads(step.bound)
+    if isinstance(step, RunnableSequence):
+        return next((kind for kind in map(_reads, step.steps) if kind is not None), None)
+    if isinstance(step, RunnableWithFallbacks):
+        kinds = {_reads(option) for option in (step.runnable, *step.fallbacks)}
+        return next(iter(kinds)) if len(kinds) == 1 else False
+    if isinstance(step, RunnableParallel):
+        kinds = {_reads(part) for part in step.steps__.values()} - {None}
+        return all(kinds) if kinds else None
+    if getattr(step, "reads_handles", False) is True:
+        return True
+    return False if isinstance(step, BaseLanguageModel) else None
 
 
 class HandleGuard(BaseCallbackHandler):
@@ -123,9 +135,3 @@ def _watcher() -> _Watch:
     watcher = _Watch()
     register_configure_hook(ContextVar("langchain_pic_rag_watch", default=watcher), inheritable=True)
     return watcher
-
-
-def _first_llm(sequence: RunnableSequence[Any, Any]) -> int:
-    """Position of the first step that is a language model."""
-    kinds = [isinstance(step, BaseLanguageModel) for step in sequence.steps]
-    return kinds.index(True) if True in kinds else len(kinds)

@@ -61,4 +61,9 @@ def tool_chunk(answer: str) -> ChatGenerationChunk:
         tool_call_chunk(name=call["name"], args=json.dumps(call["args"]), id=call["id"], index=index)
         for index, call in enumerate(use.calls)
     ]
+    # With their tags around them, which are no JSON: LangChain would complete the beginning of a call to one.
+    chunks += [
+        tool_call_chunk(name=None, args=call["args"], id=call["id"], index=index)
+        for index, call in enumerate(use.invalid, len(chunks))
+    ]
     return ChatGenerationChunk(message=AIMessageChunk(content=use.text, tool_call_chunks=chunks))

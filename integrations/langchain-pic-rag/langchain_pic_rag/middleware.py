@@ -72,10 +72,10 @@ class PICMiddleware(AgentMiddleware):
         messages = [self._admit(message, signer) for message in request.messages]
         if not reads_handles(request.model):
             return self._as_text(messages, request.model)
-        chosen = [number for number, message in enumerate(request.messages) if self._compresses(message)]
-        documents = [Document(page_content=str(request.messages[number].text)) for number in chosen]  # not escaped
-        for number, made in zip(chosen, self.compressor.compress_documents(documents, ""), strict=True):
-            messages[number] = messages[number].model_copy(update={"content": made.page_content})
+        for number, message in enumerate(request.messages):
+            if self._compresses(message):  # each alone: the first of several, as `top_n` and ratios by rank have it
+                [made] = self.compressor.compress_documents([Document(page_content=str(message.text))], "")
+                messages[number] = messages[number].model_copy(update={"content": made.page_content})
         return messages
 
     def _as_text(self, messages: list[AnyMessage], model: object) -> list[AnyMessage]:

@@ -14,7 +14,7 @@ import pic_rag
 from langchain_pic_rag.metadata import SOURCE_TEXT, is_compressed, without_memory
 from langchain_pic_rag.settings import StoreSettings
 from langchain_pic_rag.sources import SourceTexts
-from pic_rag import HandleSigner, MemoryStore, UnknownHandleError, shared_store
+from pic_rag import HandleSigner, MemoryStore, UnknownHandleError, escape_handles, shared_store
 
 _REMEDY = "Neither the document's metadata nor this namespace of the store has its text: compress the original again."
 
@@ -90,7 +90,8 @@ class PICRestore(StoreSettings, RunnableSerializable[Any, Any]):
         if isinstance(value, BaseMessage):
             return self._restore_messages([value])[0]
         if isinstance(value, Document):
-            return restore_document(value, self.sources, self.signer)
+            document = restore_document(value, self.sources, self.signer)
+            return document.model_copy(update={"page_content": escape_handles(document.page_content)})
         if isinstance(value, (list, tuple)):
             messages = bool(value) and all(isinstance(item, BaseMessage) for item in value)
             return self._restore_messages(value) if messages else [self._restore(item) for item in value]

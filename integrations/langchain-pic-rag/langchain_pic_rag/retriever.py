@@ -12,7 +12,7 @@ from langchain_core.retrievers import BaseRetriever
 from pydantic import ConfigDict, Field
 
 import pic_rag
-from langchain_pic_rag.compressor import PICCompressor
+from langchain_pic_rag.compressor import PICCompressor, refuse_handles
 
 if TYPE_CHECKING:
     from pic_rag import Retriever
@@ -40,6 +40,7 @@ class PICRetriever(BaseRetriever):
     def _get_relevant_documents(
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
     ) -> list[Document]:
+        refuse_handles(query)
         limit = _limit(self.k if k is None else k)
         found = self.base_retriever.invoke(query, {"callbacks": run_manager.get_child()}, **limit)
         kept = found[: limit.get("k")]
@@ -48,6 +49,7 @@ class PICRetriever(BaseRetriever):
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None
     ) -> list[Document]:
+        refuse_handles(query)
         limit = _limit(self.k if k is None else k)
         found = await self.base_retriever.ainvoke(query, {"callbacks": run_manager.get_child()}, **limit)
         kept = found[: limit.get("k")]

@@ -64,11 +64,20 @@ def parse_calls(answer: str) -> ToolUse:
     for match in _CALL.finditer(answer):
         try:
             parsed = json.loads(match.group(1))
-            for call in parsed if isinstance(parsed, list) else [parsed]:
-                calls.append(tool_call(name=call["name"], args=dict(call.get("arguments") or {}), id=_call_id()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            invalid.append(invalid_tool_call(name=None, args=match.group(1), id=_call_id(), error=str(error)))
+            calls += [_read_call(call) for call in (parsed if isinstance(parsed, list) else [parsed])]
+        except ValueError as error:
+            invalid.append(invalid_tool_call(name=None, args=match.group(), id=_call_id(), error=str(error)))
     return ToolUse(_CALL.sub("", answer).strip() if calls or invalid else answer, calls, invalid)
+
+
+def _read_call(call: Any) -> ToolCall:
+    """One call, its arguments an object or, as some models write them, the JSON of one."""
+    name, arguments = (call.get("name"), call.get("arguments")) if isinstance(call, dict) else (None, None)
+    if isinstance(arguments, str):
+        arguments = json.loads(arguments)
+    if not isinstance(name, str) or not isinstance(arguments or {}, dict):
+        raise ValueError(f'a call must be {{"name": <string>, "arguments": <object>}}, got {json.dumps(call)}.')
+    return tool_call(name=name, args=arguments or {}, id=_call_id())
 
 
 def _call_id() -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from langchain_core.documents import BaseDocumentTransformer, Document
+from pydantic import model_validator
 
 from langchain_pic_rag.compressor import CompressionSettings
 
@@ -17,6 +18,15 @@ class PICDocumentTransformer(CompressionSettings, BaseDocumentTransformer):
     A vector store embeds `page_content`, so the documents stay as they are and only the store is filled: at question
     time `PICCompressor` with the same settings finds every memory ready.
     """
+
+    @model_validator(mode="after")
+    def _check_ratio(self) -> PICDocumentTransformer:
+        if isinstance(self.ratio, tuple):
+            raise ValueError(
+                f"ratio must be one number at ingestion, got {self.ratio}: ranks are known when a question is asked. "
+                "Transform once with each of them."
+            )
+        return self
 
     def transform_documents(self, documents: Sequence[Document], **kwargs: Any) -> Sequence[Document]:
         """The documents as they are, once their memories are in the store."""

@@ -140,6 +140,27 @@ def test_async_calls_answer_as_the_blocking_ones(llm, handle):
     assert asyncio.run(all_four()) == [llm.complete(prompt).text] * 4
 
 
+@pytest.mark.parametrize("method", ["acomplete", "achat"])
+def test_a_cancelled_call_stops_the_model(llm, monkeypatch, method):
+    stopped = threading.Event()
+
+    def decode(prompts, completions, sampling):
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and not stopped.is_set():
+            if completions[0].abandoned:
+                stopped.set()
+            time.sleep(0.01)
+
+    monkeypatch.setattr(llm.generator._engine, "decode", decode)
+
+    async def cancel() -> None:
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(getattr(llm, method)("Who?" if method == "acomplete" else ask("Who?")), timeout=0.5)
+
+    asyncio.run(cancel())
+    assert stopped.is_set()
+
+
 @pytest.mark.parametrize("method", ["acomplete", "achat", "astream_complete", "astream_chat"])
 def test_async_calls_leave_the_event_loop_free(llm, method):
     prompt = "Who?" if "complete" in method else ask("Who?")
@@ -246,6 +267,7 @@ def test_settings_of_a_call_win_over_those_of_the_llm(tiny_compressor, tiny_gene
     expected = tiny_generator.generate("a", max_new_tokens=3, temperature=1.0, seed=1)[0].text
     assert llm.complete("a", formatted=True).text == expected
     assert llm.complete("a", formatted=True, max_new_tokens=5).raw["usage"]["completion_tokens"] == 5
+    assert llm.complete("a", formatted=True, stop=None, temperature=None).text == expected
     with pytest.raises(TypeError, match="no_such_setting"):
         llm.complete("a", no_such_setting=1)
 

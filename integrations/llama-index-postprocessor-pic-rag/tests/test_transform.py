@@ -42,6 +42,11 @@ def test_the_memories_are_in_the_store_before_the_first_question(transform, comp
     assert handles == [node.metadata["pic_memory"] for node in carrying]
 
 
+def test_ranks_are_not_known_at_ingestion():
+    with pytest.raises(ValueError, match="ratio must be one number at ingestion, got .4, 16."):
+        PICTransform(ratio=[4, 16])
+
+
 def test_an_empty_input_and_an_empty_node_are_no_error(transform):
     assert transform([]) == []
     assert transform([TextNode(text="")])[0].metadata == {}

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 
 import pytest
 from langchain_classic.chains import create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_core.caches import InMemoryCache
-from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
+from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
 from langchain_core.tools import create_retriever_tool, tool
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from langchain_pic_rag import ChatPIC, PICCompressor, PICRetriever, escape_input
+from langchain_pic_rag.messages import tool_chunk
 from langchain_pic_rag.tools import format_calls, parse_calls, tool_instructions
 
 from pic_rag import Generator, SQLiteStore, UnknownHandleError
@@ -86,6 +89,35 @@ def test_a_consumer_that_leaves_an_async_stream_leaves_the_model_free(chat):
     assert asyncio.run(leave()).content == chat.invoke("short").content
 
 
+@pytest.mark.parametrize("way", ["ainvoke", "astream", "astream with tools"])
+def test_a_cancelled_call_stops_the_model(chat, monkeypatch, way):
+    stopped = threading.Event()
+
+    def decode(prompts, completions, sampling):
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and not stopped.is_set():
+            if completions[0].abandoned:
+                stopped.set()
+            time.sleep(0.01)
+
+    def look(where: str) -> str:
+        """Look somewhere."""
+        return where
+
+    monkeypatch.setattr(chat.generator._engine, "decode", decode)
+    model = chat.bind_tools([look]) if "tools" in way else chat
+
+    async def call():
+        return await model.ainvoke("hi") if way == "ainvoke" else [chunk async for chunk in model.astream("hi")]
+
+    async def cancel():
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(call(), timeout=0.5)
+
+    asyncio.run(cancel())
+    assert stopped.is_set()
+
+
 def test_32_concurrent_calls_answer_as_one_by_one(chat, compressor, documents, handles):
     prompts = [f"{number}: {handles[number % len(handles)]}" for number in range(32)]
     expected = [chat.invoke(prompt).content for prompt in prompts]
@@ -114,6 +146,7 @@ def test_stop_strings_of_the_call_and_of_the_model_end_the_answer(chat, handles)
     assert stopped.content == full[: full.index(mark)]
     assert stopped.response_metadata["finish_reason"] == "stop"
     assert chat.model_copy(update={"stop": [mark]}).invoke(handles[0]).content == stopped.content
+    assert chat.invoke(handles[0], stop=full[5:8]).content == full[: full.index(full[5:8])]
 
 
 def test_options_of_a_call_override_those_of_the_model_and_unknown_ones_are_named(chat):
@@ -275,10 +308,37 @@ def test_tool_calls_are_read_out_of_the_answer_and_written_back():
     use = parse_calls('Well. <tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call><tool_call>{"a"</tool_call>')
     assert use.text == "Well."
     assert (use.calls[0]["name"], use.calls[0]["args"]) == ("add", {"a": 1})
-    assert use.invalid[0]["args"] == '{"a"'
+    assert use.invalid[0]["args"] == '<tool_call>{"a"</tool_call>'
     assert parse_calls("no call <tool_call>").text == "no call <tool_call>"
     written = format_calls([{"function": {"name": "add", "arguments": '{"a": 1}'}}])
     assert parse_calls(written).calls[0]["args"] == {"a": 1}
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        '{"name": "look", "arguments": {bad}}',
+        '{"name": null, "arguments": {}}',
+        '{"name": 5}',
+        '{"name": "look", "arguments": [[1, 2]]}',
+        '{"name": "look", "arguments": "{bad"}',
+        '[{"name": "look"}, 5]',
+        '"look"',
+    ],
+)
+def test_a_malformed_call_is_an_invalid_one_in_an_answer_and_in_a_stream(call):
+    answer = f"Well. <tool_call>{call}</tool_call>"
+    use = parse_calls(answer)
+    message = AIMessage(use.text, tool_calls=use.calls, invalid_tool_calls=use.invalid)
+    streamed = tool_chunk(answer).message
+    for said in (message, streamed, streamed + AIMessageChunk("", chunk_position="last")):
+        assert (said.content, said.tool_calls) == ("Well.", [])
+        assert [invalid["args"] for invalid in said.invalid_tool_calls] == [f"<tool_call>{call}</tool_call>"]
+
+
+def test_arguments_may_be_the_json_of_an_object():
+    use = parse_calls('<tool_call>{"name": "look", "arguments": "{\\"x\\": 1}"}</tool_call>')
+    assert [(call["name"], call["args"]) for call in use.calls] == [("look", {"x": 1})]
 
 
 def test_bound_tools_stand_in_the_prompt_in_one_call_and_in_a_stream(chat):
@@ -322,12 +382,29 @@ def test_a_lost_memory_is_made_again_whatever_the_generator_was_loaded_with(chec
     assert chat.invoke(shown.page_content).content == before.content
 
 
+def test_a_damaged_memory_is_made_again_where_its_text_is_kept(chat, compressor, documents, caplog):
+    whole, damaged = (document.page_content for document in compressor.compress_documents(documents[:2], "q"))
+    before = chat.invoke(f"{whole} {damaged}").content
+    _, handle = chat.signer.verify(whole), chat.signer.verify(damaged)
+    [key] = [key for key in chat.store.yield_keys() if key.endswith(handle[6:38])][:1]
+    chat.store.mset([(key, b"damaged")])
+    assert chat.invoke(f"{whole} {damaged}").content == before
+    assert "damaged memory is made again" in caplog.text
+
+
+def test_a_key_for_langchains_cache_loads_no_model(checkpoints, store, monkeypatch):
+    monkeypatch.setattr("langchain_pic_rag.chat.shared_generator", None)
+    assert ChatPIC(model_name=checkpoints[0], store=store)._get_llm_string()
+
+
 @pytest.mark.parametrize(
     ("choice", "must"),
     [
         (True, "You must call a function."),
         ("required", "You must call a function."),
         ({"type": "function", "function": {"name": "look"}}, "You must call look."),
+        ({"type": "tool", "name": "look"}, "You must call look."),
+        ({"type": "any"}, "You must call a function."),
         (False, None),
         ("none", None),
     ],
@@ -338,7 +415,7 @@ def test_every_form_of_tool_choice_says_what_it_means(chat, choice, must):
         """Look somewhere."""
         return where
 
-    bound = chat.bind_tools([look], tool_choice=choice, parallel_tool_calls=False)
+    bound = chat.bind_tools([look], tool_choice=choice, strict=True, parallel_tool_calls=False)
     instructions = tool_instructions(bound.kwargs["tools"], bound.kwargs["tool_choice"])
     assert instructions.endswith(must or "</tool_call>")
     assert bound.invoke("Where?").usage_metadata["output_tokens"] > 0

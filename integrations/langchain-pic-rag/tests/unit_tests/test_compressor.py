@@ -235,6 +235,11 @@ def test_ratios_go_to_documents_by_their_rank(compressor, documents):
     assert [document.metadata["pic_ratio"] for document in ranked.compress_documents(documents, "q")][:2] == [4, 16]
 
 
+def test_ranks_are_not_known_at_ingestion():
+    with pytest.raises(ValueError, match="ratio must be one number at ingestion, got .4, 16."):
+        PICDocumentTransformer(ratio=[4, 16])
+
+
 def test_a_failure_ends_the_traced_run_with_the_error(compressor, documents):
     class Errors(BaseCallbackHandler):
         seen: list[BaseException] = []  # noqa: RUF012

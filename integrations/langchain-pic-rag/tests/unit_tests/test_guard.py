@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 from langchain_core.language_models import FakeListChatModel, FakeListLLM
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
-from langchain_core.runnables import RunnableLambda, RunnablePassthrough
+from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
 from langchain_pic_rag import (
     ChatPIC,
     HandleGuard,
@@ -37,12 +37,15 @@ def test_who_reads_handles_is_seen_through_the_usual_wrappers(chat, store):
         chat.with_fallbacks([chat]),
         restore | PLAIN,
         ChatPromptTemplate.from_template("{x}") | chat,
+        chat.with_structured_output({"title": "A", "description": "A.", "type": "object"}, include_raw=True),
     ]
     others = [
         PLAIN,
         PLAIN.bind(stop=["x"]),
         chat.with_fallbacks([PLAIN]),
         PLAIN | restore,
+        PLAIN.bind(stop=["x"]) | chat,
+        RunnableParallel(one=chat, other=PLAIN),
         RunnableLambda(lambda value: chat.invoke(value)),
     ]
     assert [reads_handles(llm) for llm in readers] == [True] * len(readers)

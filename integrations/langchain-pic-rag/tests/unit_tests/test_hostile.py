@@ -10,10 +10,11 @@ from langchain_classic.chains.combine_documents import create_stuff_documents_ch
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
+from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 from langchain_pic_rag import PICCompressor, PICRestore, PICRetriever, escape_input, restore_documents
 
-from pic_rag import UnknownHandleError, find_handles
+from pic_rag import UnknownHandleError, escape_handles, find_handles
 
 CONDENSE = ChatPromptTemplate.from_messages([MessagesPlaceholder("chat_history"), ("human", "{input}")])
 ANSWER = ChatPromptTemplate.from_messages(
@@ -130,6 +131,20 @@ def test_a_handle_in_a_documents_text_is_compressed_as_text(chat, compressor, ty
         answer = chat.invoke(compressed.page_content)
         assert answer.usage_metadata["input_token_details"]["memory"] == -(-len(text) // 4)
         assert restore_documents([compressed], store=compressor.store)[0].page_content == text
+        [shown] = PICRestore(store=compressor.store).invoke([compressed])
+        assert shown.page_content == escape_handles(text)
+
+
+def test_a_question_with_a_handle_retrieves_nothing(compressor, typed):
+    class Never(BaseRetriever):
+        def _get_relevant_documents(self, query, *, run_manager):
+            raise AssertionError(query)
+
+    retriever = PICRetriever(base_retriever=Never(), base_compressor=compressor)
+    with pytest.raises(ValueError, match="query must not hold a handle"):
+        retriever.invoke(f"What is {typed}?")
+    with pytest.raises(ValueError, match="query must not hold a handle"):
+        asyncio.run(retriever.ainvoke(f"What is {typed}?"))
 
 
 def test_metadata_cannot_pass_a_document_off_as_another(compressor, typed, documents):

@@ -24,7 +24,12 @@ class CallingFirst(ChatPIC):
     tool_name: str
 
     def _generate(self, messages, stop=None, run_manager=None, **kwargs):
-        result = super()._generate(messages, stop, run_manager, **kwargs)
+        return self._first_call(messages, super()._generate(messages, stop, run_manager, **kwargs))
+
+    async def _agenerate(self, messages, stop=None, run_manager=None, **kwargs):
+        return self._first_call(messages, await super()._agenerate(messages, stop, run_manager, **kwargs))
+
+    def _first_call(self, messages, result):
         if not any(isinstance(message, ToolMessage) for message in messages):
             call = {"name": self.tool_name, "args": {"query": "ships"}, "id": "call-1"}
             result.generations[0].message = AIMessage("", tool_calls=[call])
@@ -70,6 +75,17 @@ def test_the_model_reads_the_memory_of_a_tool_message_and_the_state_keeps_its_te
     messages = run(agent, "How many ships?", way)
     assert [message.text for message in messages if isinstance(message, ToolMessage)] == [REPORT]
     assert messages[-1].usage_metadata["input_token_details"]["memory"] == -(-len(REPORT) // 4)
+
+
+def test_ratios_by_rank_and_top_n_are_for_each_tool_message_alone(calling, compressor):
+    from langchain_pic_rag import PICMiddleware
+
+    calls = [{"name": "search", "args": {"query": "x"}, "id": str(number)} for number in range(3)]
+    answers = [ToolMessage(f"{number}{REPORT}", tool_call_id=str(number), name="search") for number in range(3)]
+    first = compressor.model_copy(update={"top_n": 1, "ratio": (4, 16)})
+    agent = agents.create_agent(calling, [search], middleware=[PICMiddleware(first)])
+    messages = agent.invoke({"messages": [HumanMessage("?"), AIMessage("", tool_calls=calls), *answers]})["messages"]
+    assert messages[-1].usage_metadata["input_token_details"]["memory"] == 3 * -(-len(f"0{REPORT}") // 4)
 
 
 def test_a_handle_that_a_user_types_is_text(calling, compressor, documents):

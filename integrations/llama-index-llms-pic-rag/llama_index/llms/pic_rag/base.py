@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Generator as ResponseStream
-from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.generic_utils import messages_to_prompt as generic_messages_to_prompt
@@ -188,8 +188,8 @@ class PICLLM(LLM):
 
     @llm_completion_callback()
     async def acomplete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
-        """As `complete`, in a thread."""
-        return await asyncio.to_thread(lambda: self._answer(self._from_text(prompt, formatted), kwargs))
+        """As `complete`, without blocking the event loop; a cancelled call stops the model."""
+        return await self._aanswer(lambda: self._from_text(prompt, formatted), kwargs)
 
     @llm_completion_callback()
     async def astream_complete(
@@ -204,8 +204,8 @@ class PICLLM(LLM):
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
-        """As `chat`, in a thread."""
-        return as_chat(await asyncio.to_thread(lambda: self._answer(self._from_messages(messages), kwargs)))
+        """As `chat`, without blocking the event loop; a cancelled call stops the model."""
+        return as_chat(await self._aanswer(lambda: self._from_messages(messages), kwargs))
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
@@ -214,6 +214,13 @@ class PICLLM(LLM):
 
     def _answer(self, prompt: Prompt, settings: dict[str, Any]) -> CompletionResponse:
         generations: list[Generation] = self.get_generator().generate(*self._read(prompt), **self._settings(settings))
+        return completion(generations[0])
+
+    async def _aanswer(self, make_prompt: Callable[[], Prompt], settings: dict[str, Any]) -> CompletionResponse:
+        generator, read, memories = await asyncio.to_thread(
+            lambda: (self.get_generator(), *self._read(make_prompt()))  # a model to load, a store to read
+        )
+        generations: list[Generation] = await generator.agenerate(read, memories, **self._settings(settings))
         return completion(generations[0])
 
     def _stream(self, prompt: Prompt, settings: dict[str, Any]) -> ResponseStream[CompletionResponse, None, None]:
@@ -227,7 +234,7 @@ class PICLLM(LLM):
         return (as_chat(response) for response in stream)
 
     def _settings(self, settings: dict[str, Any]) -> dict[str, Any]:
-        given = {**self.generate_kwargs, **settings}
+        given = {**self.generate_kwargs, **{name: value for name, value in settings.items() if value is not None}}
         if unknown := given.keys() - set(_SETTINGS):
             raise TypeError(
                 f"{min(unknown)} must be one of {', '.join(_SETTINGS)}, got {given[min(unknown)]!r}. PICLLM has no "

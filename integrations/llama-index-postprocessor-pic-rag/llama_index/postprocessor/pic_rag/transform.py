@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from typing import Any
 
+from llama_index.core.bridge.pydantic import model_validator
 from llama_index.core.schema import BaseNode, TransformComponent
 from llama_index.postprocessor.pic_rag.nodes import note_handle, restore_node
 from llama_index.postprocessor.pic_rag.settings import CompressionSettings
@@ -19,6 +20,15 @@ class PICTransform(CompressionSettings, TransformComponent):
     Every node carries its handle in `metadata["pic_memory"]`, hidden from LLM and embedding model: the index still
     serves any LLM. What an ingestion cache replays, or a lost store lacks, `PICCompressor` compresses again.
     """
+
+    @model_validator(mode="after")
+    def _check_ratio(self) -> PICTransform:
+        if isinstance(self.ratio, tuple):
+            raise ValueError(
+                f"ratio must be one number at ingestion, got {self.ratio}: ranks are known when a question is asked. "
+                "Transform once with each of them."
+            )
+        return self
 
     @classmethod
     def class_name(cls) -> str:
