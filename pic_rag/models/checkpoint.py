@@ -97,12 +97,13 @@ class Checkpoint:
             # `save_file` would make a file that nobody but its owner may read
             weights.write_bytes(save({name: tensor.contiguous() for name, tensor in self.weights.items()}))
             config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-            moves_reader = self.reader is not None and self.reader.resolve() != (target / READER_FOLDER).resolve()
-            if self.reader is not None and moves_reader:
-                # by `copyfile`, without modes: peft's files are for their owner only
-                shutil.copytree(self.reader, Path(staging, READER_FOLDER), copy_function=shutil.copyfile)
+            reader = self.reader
+            if reader is not None and reader.resolve() == (target / READER_FOLDER).resolve():
+                reader = None  # it is there
+            if reader is not None:  # by `copyfile`, without modes: peft's files are for their owner only
+                shutil.copytree(reader, Path(staging, READER_FOLDER), copy_function=shutil.copyfile)
             (target / CONFIG_FILE).unlink(missing_ok=True)  # comes back last: without it nothing is read
-            if moves_reader:
+            if reader is not None:
                 shutil.rmtree(target / READER_FOLDER, ignore_errors=True)
                 os.replace(Path(staging, READER_FOLDER), target / READER_FOLDER)
             os.replace(weights, target / WEIGHTS_FILE)
