@@ -177,6 +177,9 @@ def test_the_report_is_made_of_the_files_alone(folder, tmp_path, capsys) -> None
     kl, kept = (run.curve(name, 16)[-1][2] for name in ("kl", "text_accuracy"))
     assert answers[6:] == [f"{kl:.3f}", f"{100 * kept:.1f}", "1"]
     assert "2 of 2 runs are finished" in written[0].decode()
+    curve = run.curve("text_loss", 16)
+    assert ["arm", "ratio", *(str(step) for step, *_ in curve)] in rows
+    assert ["global", "16", *(f"{loss:.3f}" for *_, loss in curve)] in rows
 
 
 def test_the_report_needs_no_model(folder) -> None:

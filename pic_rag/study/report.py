@@ -52,6 +52,8 @@ def render(results: Results) -> str:
             ["system", "ratio", *SCORES.values(), "KL to full text", "text kept", "runs"], list(_answer_rows(results))
         ),
     ]
+    if reading := _reading(results):
+        parts += ["## Learning to read", _READING_NOTE, reading]
     if study.reference:
         parts += [f"## Training to reach the best of `{study.reference}`", _race_note(study.reference), _race(results)]
     parts += ["## Arms", _arms(results)]
@@ -90,6 +92,28 @@ def _answer_row(
     spread = [_spread(values, ".1f") for values in scores]
     rest = [_spread(kl, ".3f"), _spread(kept, ".1f"), str(len(lines))]
     return [name, "" if ratio is None else str(ratio), *spread, *rest]
+
+
+_READING_NOTE = (
+    "Loss of the same tokens after so many steps: what the text's own words before do not tell has to be read from the "
+    "memory."
+)
+
+
+def _reading(results: Results) -> str:
+    """The curves of the text loss as a table; nothing where it was not measured."""
+    curves = {
+        (arm, ratio): [{step: loss for step, _, loss in run.curve("text_loss", ratio)} for run in own if run.finished]
+        for arm, own in results.runs.items()
+        for ratio in results.study.measured.ratios
+    }
+    steps = sorted({step for runs in curves.values() for run in runs for step in run})
+    rows = [
+        [arm, str(ratio), *(_spread([run[step] for run in runs if step in run], ".3f") for step in steps)]
+        for (arm, ratio), runs in curves.items()
+        if any(runs)
+    ]
+    return markdown_table(["arm", "ratio", *map(str, steps)], rows) if rows else ""
 
 
 def _race_note(reference: str) -> str:
