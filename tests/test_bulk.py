@@ -218,6 +218,7 @@ def test_a_read_only_folder_stops_the_run_with_a_next_step(checkpoint: Path, tmp
         compress_corpus([write_documents(tmp_path / "docs", 3)], make_job(ShardStore(tmp_path / "out"), checkpoint))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no file size limit on Windows")
 def test_a_full_disk_stops_the_run_and_loses_nothing(checkpoint: Path, tmp_path: Path) -> None:
     """A limit on file sizes stands in for the disk's: a long document does not fit, what was written before stays."""

@@ -182,6 +182,7 @@ print(len(Count.messages), max(rows), max(rows[len(rows) // 2:]), rows)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
 def test_a_batch_that_does_not_fit_into_memory_is_halved_until_it_does(tmp_path, tiny_model, tiny_tokenizer):
     copy.deepcopy(tiny_model).save_pretrained(tmp_path)
