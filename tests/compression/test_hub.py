@@ -155,6 +155,8 @@ READ = """
 loaded = [Compressor.from_pretrained(name, **loading).fingerprint for name in ("lab/pic@{commit}", "lab/pic")]
 absent = [complaint(name) for name in ("lab/nothing", "lab/pic@no-such-revision", "pic lab")]
 print(json.dumps([*loaded, Generator.from_pretrained("lab/tiny", **loading).model_id, *absent]))"""
+
+
 @pytest.mark.slow
 def test_a_compressor_and_its_generator_go_to_a_hub_and_come_back(hub, tiny_model, tiny_tokenizer, tmp_path):
     tiny_model.save_pretrained(tmp_path / "tiny")
