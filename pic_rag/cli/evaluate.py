@@ -71,7 +71,7 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
     if args.floors and not all(isinstance(ratio, int) for ratio in args.ratios):
-        args.usage_error("--floors picks among single --ratios, got ratios by rank among them")
+        args.usage_error("--ratios must be single numbers with --floors, got ratios by rank: leave those out")
     questions, data = _questions(args)
     compressor = load_compressor(args)
     if args.floors:

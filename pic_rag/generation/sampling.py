@@ -30,7 +30,10 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not isinstance(self.max_new_tokens, Integral) or self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be a whole number of at least 1, got {self.max_new_tokens!r}.")
+            raise ValueError(
+                f"max_new_tokens must be a whole number of at least 1, got {self.max_new_tokens!r}. "
+                "Ask for one token or more."
+            )
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"stop must be a list of non-empty strings, got {self.stop!r}. Write stop=['END'].")
         if not 0.0 <= self.temperature < float("inf"):

@@ -103,7 +103,8 @@ class Retriever:
         """Split and embed documents. What they say replaces what was here from the same sources.
 
         Passages that stay the same are not embedded again; those that their source no longer holds are removed. A
-        source that comes in several documents has to come in one call.
+        source that comes in several documents has to come in one call. Files that are named alike in two folders, as
+        `metadata["path"]` tells, are two sources.
 
         Args:
             documents: what to add.
