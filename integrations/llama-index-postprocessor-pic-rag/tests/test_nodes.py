@@ -171,6 +171,12 @@ def test_ratios_go_to_nodes_by_their_rank(tiny_compressor, store, nodes):
 
     fine, coarse = handles(4), handles(16)
     assert handles([4, 16]) == [fine[0], *coarse[1:]]
+    without_text = NodeWithScore(node=TextNode(text=""))
+    compressor = PICCompressor(compressor=tiny_compressor, store=store, ratio=[8, 4, 16])
+    after = compressor.postprocess_nodes([without_text, *nodes])[1:]
+    assert [shown(node) for node in after] == handles([4, 16])
+    with pytest.raises(ValueError, match="ratio must be one of"):
+        handles([4, 5])
     settings = PICCompressor(ratio=[4, 16])
     assert PICCompressor.from_dict(settings.to_dict()).ratio == (4, 16)
 

@@ -123,7 +123,7 @@ class CompressionSettings(BaseModel):
         made, cached = self.get_memory_cache().get_or_compress(
             [texts[number] for number in found],
             self.get_compressor(),
-            self.ratio,
+            self._ratio_of_ranks(found),
             sources=[nodes[number].node_id for number in found],
             batch_size=self.batch_size,
             min_fidelity=self.min_fidelity,
@@ -133,6 +133,13 @@ class CompressionSettings(BaseModel):
             memories[number] = memory
         dispatcher.event(_end_event(made, sum(cached), 1000 * (time.perf_counter() - begin)))
         return memories
+
+    def _ratio_of_ranks(self, ranks: Sequence[int]) -> int | tuple[int, ...] | None:
+        """The ratio of the nodes at these ranks: a node without text keeps its rank from the others."""
+        if not isinstance(self.ratio, tuple) or not self.ratio:
+            return self.ratio
+        own = (self.ratio[min(rank, len(self.ratio) - 1)] for rank in ranks)
+        return (*own, *self.ratio)  # those behind serve no text, but are checked
 
     def _checking_generator(self) -> Generator | None:
         if self.min_fidelity is None or self.generator is not None:
