@@ -1,0 +1,199 @@
+"""Training data: what is read, what is held out, and the examples and rows that come of it."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from training_runs import TEXT, make_config, write_rows
+
+from pic_rag.questions import read_questions as read_eval_questions
+from pic_rag.training.batch import StepDataset, build_batches
+from pic_rag.training.corpora import (
+    Corpora,
+    _training_records,
+    content_hash,
+    held_out_hashes,
+    read_texts,
+)
+from pic_rag.training.loop import Trainer, train
+from pic_rag.training.synthetic import passages
+
+
+def test_rows_give_every_step_one_shape_and_change_nothing_else(data, tmp_path):
+    fields = {"reader_rank": 2, "distillation": 1.0, "tasks": {"questions": 1}, "steps": 3, "documents": 1, "turns": 1}
+    free = Trainer(make_config(data, tmp_path / "free", **fields), Accelerator())
+    fixed = Trainer(make_config(data, tmp_path / "fixed", **fields, rows=[3, 4, 5], row_places=512), Accelerator())
+    for step in range(3):
+        small, large = (StepDataset(trainer.config, trainer.factory)[step] for trainer in (free, fixed))
+        shapes = [rows.ids.shape for rows in (large.reads, large.teacher)]
+        assert [large.layout.token_ids.shape, *shapes] == [(3, 512), (4, 512), (5, 512)]
+        assert torch.equal(small.reads.target_ids, large.reads.target_ids)
+        with torch.no_grad():
+            torch.testing.assert_close(free.model(small)[0], fixed.model(large)[0], rtol=1e-4, atol=1e-4)
+
+
+def test_rows_take_as_many_examples_as_they_hold(data, tmp_path):
+    fields = {"tasks": {"questions": 1}, "documents": 1, "turns": 1, "row_places": 512, "examples_per_step": 1000}
+    counts = []
+    for rows in ([2, 2, 2], [6, 6, 6]):
+        trainer = Trainer(make_config(data, tmp_path / str(rows[0]), **fields, rows=rows), Accelerator())
+        batch = StepDataset(trainer.config, trainer.factory)[0]
+        counts.append(int(batch.reads.segment.max()) + 1)
+        assert (batch.reads.segment >= 0).float().mean() > 0.6
+    assert counts[1] > 2 * counts[0]
+
+
+def test_all_examples_are_measured_whatever_the_rows_hold(data, tmp_path):
+    trainer = Trainer(make_config(data, tmp_path, rows=[1, 1, 1], row_places=512), Accelerator())
+    posed = [trainer.factory.pose(asked, 4) for asked in read_eval_questions(data / "questions.jsonl")]
+    batches = build_batches("questions", posed, trainer.config, size=6)
+    assert sum(int(batch.reads.segment.max()) + 1 for batch in batches) == len(posed)
+    assert len(batches) == 2
+
+
+def test_spread_memories_leave_every_target_where_the_text_would_have_it(data, tmp_path):
+    pic = {"segment_tokens": 64, "ratios": [4, 8], "lora_rank": 4, "generator_positions": "spread"}
+    fields = {"tasks": {"questions": 1}, "turns": 2, "distillation": 1.0, "rows": [4, 4, 4], "row_places": 512}
+    trainer = Trainer(make_config(data, tmp_path, **fields, pic=pic), Accelerator())
+    for step in range(4):
+        batch = StepDataset(trainer.config, trainer.factory)[step]
+        assert (batch.reads.slot >= 0).any()
+        at, teacher = (rows.position_ids[rows.target_row, rows.target_place] for rows in (batch.reads, batch.teacher))
+        assert torch.equal(at, teacher)
+
+
+def test_documents_that_stay_text_are_read_as_their_tokens(data, tmp_path):
+    fields = {"tasks": {"questions": 1}, "documents": 1, "turns": 1, "distillation": 1.0, "text_share": 0.5}
+    trainer = Trainer(make_config(data, tmp_path, **fields), Accelerator())
+    random = np.random.default_rng(0)
+    drawn = [trainer.factory.draw("questions", {4: 1.0}, random) for _ in range(30)]
+    as_text = [np.array_equal(example.reads.ids, example.teacher.ids) for example in drawn]
+    assert as_text == [not example.segments for example in drawn]
+    assert 8 < sum(as_text) < 22
+    assert all(len(StepDataset(trainer.config, trainer.factory)[step].layout.slot_row) > 0 for step in range(6))
+
+
+@pytest.mark.parametrize("text_share", [0.0, 0.9])
+def test_rows_that_hold_no_example_are_an_error_and_no_endless_search(data, tmp_path, text_share):
+    config = make_config(data, tmp_path, tasks={"questions": 1}, rows=[1, 1, 1], row_places=24, text_share=text_share)
+    with pytest.raises(ValueError, match="row_places must hold examples of the task questions, got 24"):
+        train(config, progress=False)
+
+
+def test_tables_travel_without_the_files_they_were_made_from(data, tmp_path, tiny_tokenizer):
+    source = tmp_path / "questions.jsonl"
+    source.write_bytes((data / "questions.jsonl").read_bytes())
+    held = tmp_path / "held.jsonl"
+    write_rows(held, [{"question": "which number HAD  bell 2"}])
+    made = Corpora(tmp_path / "cache", tiny_tokenizer, [str(held)]).questions(str(source))
+    source.unlink()
+    held.unlink()
+    again = Corpora(tmp_path / "cache", tiny_tokenizer, [str(held)]).questions(str(source))
+    assert again.groups == made.groups
+    assert len(again.groups) == 5
+    assert [again.contexts[row].tolist() for row in range(5)] == [made.contexts[row].tolist() for row in range(5)]
+
+
+def test_a_changed_file_is_read_again(data, tmp_path, tiny_tokenizer):
+    source = tmp_path / "texts.jsonl"
+    corpora = Corpora(tmp_path / "cache", tiny_tokenizer, [])
+    write_rows(source, [{"text": "one"}])
+    assert len(corpora.texts([str(source)])) == 1
+    write_rows(source, [{"text": "one"}, {"text": "and two"}])
+    assert len(corpora.texts([str(source)])) == 2
+
+
+PARAGRAPH = (
+    "The old mill at Harrow Bridge was built by Anna Holm in 1840. It ground rye for forty villages until 1911. "
+    "Its wheel, made of larch, turned on the Tarn. On 12 May 1954 the council sold it to Peter Lunde, an innkeeper. "
+    "Guests of the inn still hear the water under the floor, and the stones of the mill lie in the garden by the road."
+)
+
+
+def test_a_text_asks_for_what_it_says_and_never_gives_the_answer_away():
+    [passage] = passages(PARAGRAPH, "Harrow Mill")
+    assert passage.text == PARAGRAPH
+    gaps = [(question, answer) for question, answer in passage.questions if "_____" in question]
+    assert len(gaps) >= 3
+    for question, answer in gaps:
+        assert answer in PARAGRAPH
+        assert answer not in question
+        assert question.split("_____")[0].split('"')[-1].strip() in PARAGRAPH
+    assert list(passages(PARAGRAPH, "Harrow Mill")) == [passage]
+
+
+def test_synthetic_questions_of_held_out_texts_are_dropped(data, tmp_path, tiny_tokenizer):
+    write_rows(
+        tmp_path / "texts.jsonl", [{"title": "Mill", "text": PARAGRAPH}, {"text": PARAGRAPH.replace("mill", "farm")}]
+    )
+    write_rows(tmp_path / "held.jsonl", [{"text": PARAGRAPH}])
+    source = f"synthetic:{tmp_path / 'texts.jsonl'}"
+    table = Corpora(tmp_path / "cache", tiny_tokenizer, [str(tmp_path / "held.jsonl")]).questions(source)
+    assert len(table.groups) == 1
+    assert "farm" in tiny_tokenizer.decode(table.contexts[0])
+
+
+HELD_OUT = [
+    "the   HARBOUR of Whitby lay still — and nobody spoke before the bell rang number 3.\nThen all of them left",
+    TEXT.format(3),
+]
+
+
+@pytest.mark.parametrize("text", HELD_OUT, ids=["spacing, case, punctuation", "as it is"])
+def test_a_held_out_text_is_dropped_from_training(data, tmp_path, text):
+    write_rows(tmp_path / "held.jsonl", [{"text": text}])
+    held_out = held_out_hashes([str(tmp_path / "held.jsonl")])
+    kept = [each for each in read_texts(str(data / "texts.jsonl")) if content_hash(each) not in held_out]
+    assert len(kept) == 7
+    assert TEXT.format(3) not in kept
+    config = make_config(data, tmp_path / "out", held_out=[str(tmp_path / "held.jsonl")])
+    assert len(Trainer(config, Accelerator()).factory.texts) == 7
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "which number HAD  bell 2"},
+        {"question": "Else?", "contexts": [{"title": "Other", "text": "bell 2 rang,  late"}]},
+        {"question": "Else?", "contexts": [{"text": "Bell 2\nBell 2 rang late."}]},
+    ],
+    ids=["question", "context under another title", "context with its title"],
+)
+def test_a_held_out_question_or_context_is_dropped_from_training(data, tmp_path, row):
+    write_rows(tmp_path / "held.jsonl", [row])
+    held_out = held_out_hashes([str(tmp_path / "held.jsonl")])
+    kept = list(_training_records(str(data / "questions.jsonl"), held_out))
+    assert [record.answers[0] for record in kept] == ["0", "1", "3", "4", "5"]
+
+
+def test_when_all_is_held_out_the_error_says_by_what(data, tmp_path):
+    write_rows(
+        tmp_path / "held.jsonl",
+        [
+            {"question": "Which number had bell 2?"},
+            *({"contexts": [{"text": f"Bell {number} rang late."}]} for number in (0, 1, 3, 4, 5)),
+        ],
+    )
+    config = make_config(data, tmp_path / "out", tasks={"questions": 1}, held_out=[str(tmp_path / "held.jsonl")])
+    with pytest.raises(ValueError, match=r"1 held out by the wording of the question and 5 by a context"):
+        train(config, progress=False)
+
+
+def test_an_empty_held_out_context_drops_nothing(data, tmp_path):
+    write_rows(tmp_path / "held.jsonl", [{"question": "Else?", "contexts": [{"text": " "}]}])
+    write_rows(tmp_path / "plain.jsonl", [{"question": "Who?", "answers": ["I"], "contexts": [{"text": "One line."}]}])
+    held_out = held_out_hashes([str(tmp_path / "held.jsonl")])
+    assert len(list(_training_records(str(tmp_path / "plain.jsonl"), held_out))) == 1
+
+
+def test_texts_that_are_all_too_short_are_an_error_and_no_endless_search(data, tmp_path):
+    with pytest.raises(ValueError, match=r"texts must hold a text of text_tokens\[0\]=500 tokens or more"):
+        train(make_config(data, tmp_path, text_tokens=[500, 600]), progress=False)
+
+
+def test_a_line_without_text_is_named(tmp_path):
+    write_rows(tmp_path / "texts.jsonl", [{"text": "fine"}, {"body": "not fine"}])
+    with pytest.raises(ValueError, match="text must be a string, got None in .*texts.jsonl, line 2"):
+        list(read_texts(str(tmp_path / "texts.jsonl")))
