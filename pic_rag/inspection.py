@@ -301,5 +301,5 @@ def _draw_edges(axes: Axes, pattern: Pattern, rows: Sequence[int]) -> None:
 def _label(axis: Any, labels: Sequence[str], title: str) -> None:  # noqa: ANN401 - matplotlib's Axis
     if len(labels) <= _LABELLED_PLACES:
         rotation = 90 if axis.axis_name == "x" else 0
-        axis.set_ticks(range(len(labels)), labels, fontsize=7, rotation=rotation, family="monospace")
+        axis.set_ticks(range(len(labels)), labels, fontsize=7, rotation=rotation, family="monospace", parse_math=False)
     axis.set_label_text(title)

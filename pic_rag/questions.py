@@ -16,6 +16,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pic_rag.prompts import check_unicode
+
 logger = logging.getLogger(__name__)
 
 
@@ -47,7 +49,7 @@ class Question:
     Attributes:
         id: of the file; where a row has none, where it stands.
         question: as asked.
-        answers: any of them is right; none for an unanswerable question.
+        answers: any of them is right, blank ones left out; none for an unanswerable question.
         contexts: the documents to answer from.
     """
 
@@ -75,7 +77,9 @@ class Question:
             raise _error(where, "contexts", 'a list of {"title", "text", "is_gold"}', contexts)
         alone = len(contexts) == 1
         read = tuple(_context(context, alone, where) for context in contexts)
-        return cls(str(values.get("id", where)), question, tuple(answers), read)
+        for text in (question, *(context.document for context in read)):
+            check_unicode(f"{where}: question and contexts", text)
+        return cls(str(values.get("id", where)), question, tuple(filter(str.strip, answers)), read)
 
 
 def read_questions(source: str | Path, *, gold_only: bool = False) -> Iterator[Question]:
@@ -137,7 +141,8 @@ def read_jsonl(source: str | Path) -> Iterator[Row]:
         ValueError: when a line holds something else, or the file is damaged.
     """
     path = str(source)
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8")
+    opener = gzip.open if path.endswith(".gz") else open
+    opened = opener(path, "rt", encoding="utf-8-sig")  # editors of some systems write a byte order mark
     number = 0
     with opened as lines:
         try:
@@ -160,7 +165,7 @@ class _NotAnObject(Exception):
 def _read_object(line: str) -> dict[str, Any]:
     try:
         values = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _NotAnObject(error) from error
     if not isinstance(values, dict):
         raise _NotAnObject(f"a {type(values).__name__}")
@@ -169,14 +174,14 @@ def _read_object(line: str) -> dict[str, Any]:
 
 def _read_squad(source: str | Path) -> Iterator[Row]:
     try:
-        articles = json.loads(Path(source).read_text(encoding="utf-8"))["data"]
+        articles = json.loads(Path(source).read_text(encoding="utf-8-sig"))["data"]
         rows = [
             Row(_squad_row(article, paragraph, asked), f"{source}, question {asked['id']!r}")
             for article in articles
             for paragraph in article["paragraphs"]
             for asked in paragraph["qas"]
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(
             f"{source} must be JSON in the form of SQuAD, got {type(error).__name__}: {error}. "
             "One JSON object a line belongs in a .jsonl file."
@@ -199,7 +204,10 @@ def _context(values: Any, alone: bool, where: str) -> Context:  # noqa: ANN401 -
     title = values.get("title") or ""
     if not isinstance(title, str):
         raise _error(where, "title", "a string", title)
-    return Context(title, values["text"], bool(values.get("is_gold", alone)))
+    is_gold = values.get("is_gold", alone)
+    if not isinstance(is_gold, bool):
+        raise _error(where, "is_gold", "true or false", is_gold)
+    return Context(title, values["text"], is_gold)
 
 
 def _error(where: str, name: str, rule: str, got: object) -> ValueError:

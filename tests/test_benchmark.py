@@ -294,7 +294,8 @@ def test_the_gpu_suite_is_the_whole_grid() -> None:
     ("settings", "message"),
     [
         ({"contexts": ()}, "contexts must hold at least one whole number"),
-        ({"repeats": 0}, "repeats must be above 0, got 0"),
+        ({"repeats": 0}, "repeats must be a number above 0, got 0"),
+        ({"patience_s": float("inf")}, "patience_s must be a number above 0, got inf"),
         ({"new_tokens": 1}, "new_tokens must be at least 2 to time decoding, got 1"),
         ({"systems": ("text", "magic")}, "systems must be some of text, .* got 'magic'"),
     ],

@@ -113,6 +113,18 @@ def test_help_answers_without_a_heavy_import() -> None:
         ["train", "run.yaml", "--minutes", "nan"],
         ["eval", "--data", "q.jsonl", "--json", "o.json", "--ratios", "4,many"],
         ["eval", "--data", "q.jsonl", "--json", "o.json", "--ratios", "4,2+16", "--floors", "0.5"],
+        ["eval", "--data", "q.jsonl", "--json", "o.json", "--floors", ""],
+        ["eval", "--data", "q.jsonl", "--json", "o.json", "--floors", "0.5", "--systems", "pic"],
+        ["eval", "--data", "q.jsonl", "--json", "o.json", "--floors", "0.5", "--task", "gsm8k"],
+        ["eval", "--data", "q.jsonl", "--json", "o.json", "--retrieve", "2", "--examples", "e.jsonl"],
+        ["eval", "--data", "q.jsonl", "--json", "./q.jsonl"],
+        ["eval", "--data", "q.jsonl", "--json", "o.json", "--predictions", "o.json"],
+        ["eval", "--data", "q.jsonl", "--json", "."],
+        ["eval", "--data", "q.jsonl", "--json", f"{__file__}/o.json"],
+        ["bench", "--out", __file__],
+        ["bench", "--patience-s", "inf"],
+        ["report", "--update", "a.md", "--columns", "f1"],
+        ["ask", QUESTION, "--docs", "a.md", "--mode", "text", "--min-fidelity", "0.5"],
     ],
 )
 def test_wrong_usage_is_exit_code_2(arguments, capsys) -> None:
@@ -122,6 +134,7 @@ def test_wrong_usage_is_exit_code_2(arguments, capsys) -> None:
     assert stopped.value.code == 2
     assert captured.out == ""
     assert "usage: pic-rag" in captured.err
+    assert "invalid _" not in captured.err  # a rule, not the name of a function
 
 
 def test_an_error_of_the_run_is_exit_code_1_and_one_line() -> None:
@@ -542,6 +555,18 @@ def test_ask_with_a_floor_reads_what_is_faithful_enough(docs, tmp_path, options,
         ]
 
 
+def test_eval_without_a_question_left_says_so_before_anything_is_loaded(tmp_path, capsys) -> None:
+    data = tmp_path / "questions.jsonl"
+    data.write_text(json.dumps({"question": QUESTION, "answers": ["x"], "contexts": []}) + "\n")
+    assert main(["eval", "--data", str(data), "--json", "o.json", "--offset", "1", "--compressor", "/nowhere"]) == 1
+    assert "must hold a question with an answer after the first 1, got none" in capsys.readouterr().err
+
+
+def test_inspect_takes_no_folder(tmp_path, capsys) -> None:
+    assert main(["inspect", str(tmp_path)]) == 1
+    assert "TEXT must be a text or a file, got the folder" in capsys.readouterr().err
+
+
 def test_eval_with_floors_compares_mixed_ratios_with_single_ones(tmp_path, options, capsys) -> None:
     lines = [
         {"id": name, "question": QUESTION, "answers": ["x"], "contexts": [{"title": "", "text": text, "is_gold": True}]}
@@ -552,7 +577,7 @@ def test_eval_with_floors_compares_mixed_ratios_with_single_ones(tmp_path, optio
     floors = ["--ratios", "4,8", "--floors", "0,1", "--max-new-tokens", "4"]
     assert main(["eval", "--data", str(data), "--json", str(out), *floors, *options]) == 0
     printed = capsys.readouterr().out
-    assert printed.startswith("| ratio | floor | F1 |")
+    assert printed.startswith("| ratio | floor |   F1 |")
     assert printed.endswith("AUROC over all ratios: -\n")  # no answer is right
     rows = json.loads(out.read_text())["rows"]
     assert [(row["ratio"], row["min_fidelity"]) for row in rows] == [

@@ -114,6 +114,12 @@ def test_the_mask_picture_has_a_colour_for_every_kind_and_a_label_for_every_plac
     assert "ratio 2" in figure.get_suptitle()
 
 
+def test_dollar_signs_are_labels_and_no_formula(tiny_tokenizer) -> None:
+    file = io.BytesIO()
+    draw_mask(mask_pattern("a$$b$", tiny_tokenizer, PicConfig(**SETTINGS))).savefig(file)
+    assert file.getvalue().startswith(b"\x89PNG")
+
+
 def test_many_places_get_numbers_in_place_of_tokens(tiny_tokenizer) -> None:
     figure = draw_mask(mask_pattern("x" * 64, tiny_tokenizer, PicConfig(**SETTINGS)))
     assert len(figure.axes[0].get_xticks()) < 20

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,8 +40,8 @@ class Suite:
             if not values or min(values) < 1:
                 raise ValueError(f"{name} must hold at least one whole number above 0, got {values!r}.")
         for name in ("repeats", "document_tokens", "patience_s", "compress_tokens", "most_tokens", "lingua_tokens"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name)!r}.")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}.")
         if self.new_tokens < 2:
             raise ValueError(f"new_tokens must be at least 2 to time decoding, got {self.new_tokens}.")
         unknown = [name for name in self.systems if name not in SYSTEMS]

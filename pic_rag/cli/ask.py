@@ -62,10 +62,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Index what is new, then ask."""
-    if not args.docs and not _is_index(args.index):
-        args.usage_error("name documents with --docs, or an index that exists with --index")
-    if not args.question.strip():
-        args.usage_error("QUESTION must hold at least one word, got none")
+    _check_options(args)
     rag = _open(args)
     if not len(rag.retriever):
         raise ValueError("--docs must name at least one document that can be read, got none.")
@@ -98,6 +95,16 @@ def run(args: argparse.Namespace) -> int:
         if args.mode == "pic" and (note := rag.compressor.checkpoint.quality):
             say(f"note: {note}")
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Leave with a usage error where something is missing or contradicts something else."""
+    if not args.docs and not _is_index(args.index):
+        args.usage_error("name documents with --docs, or an index that exists with --index")
+    if not args.question.strip():
+        args.usage_error("QUESTION must hold at least one word, got none")
+    if args.min_fidelity is not None and args.mode != "pic":
+        args.usage_error(f"--min-fidelity is about memories, which --mode {args.mode} does not read: leave one out")
 
 
 def _is_index(folder: Path | None) -> bool:

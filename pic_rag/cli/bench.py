@@ -14,6 +14,7 @@ from pic_rag.cli.options import (
     load_compressor,
     minutes,
     names,
+    new_folder,
     positive,
     progress,
 )
@@ -30,7 +31,7 @@ def add_parser(commands: Commands) -> None:
         "report.json, report.md and report.png. Needs matplotlib: pip install 'pic-rag[plot]'.",
     )
     parser.add_argument("--suite", choices=sorted(SUITES), help="what is measured (default: by the device)")
-    parser.add_argument("--out", type=Path, default=Path("bench"), metavar="FOLDER", help="of the report (bench)")
+    parser.add_argument("--out", type=new_folder, default=Path("bench"), metavar="FOLDER", help="of the report (bench)")
     parser.add_argument("--minutes", type=minutes, metavar="M", help="begin nothing more after M minutes")
     grid = parser.add_argument_group("in place of what the suite says")
     for name in ("contexts", "ratios", "batch_sizes"):
@@ -38,11 +39,11 @@ def add_parser(commands: Commands) -> None:
     grid.add_argument("--systems", type=names, metavar="A,B", help=f"of {', '.join(SYSTEMS)}")
     for name in ("repeats", "new_tokens", "document_tokens", "compress_tokens", "most_tokens", "lingua_tokens"):
         grid.add_argument(_option(name), type=positive, metavar="N", help=_help(name))
-    grid.add_argument("--patience-s", type=float, metavar="S", help=_help("patience_s"))
+    grid.add_argument("--patience-s", type=minutes, metavar="S", help=_help("patience_s"))
     rivals = parser.add_argument_group("LLMLingua")
     rivals.add_argument("--llmlingua", metavar="PYTHON", help="a Python that has llmlingua (PIC_RAG_LLMLINGUA_PYTHON)")
     rivals.add_argument("--llmlingua2", metavar="MODEL", help="token classifier of LLMLingua-2 (PIC_RAG_LLMLINGUA2)")
-    add_model_options(parser, generator=False)
+    add_model_options(parser)
     parser.set_defaults(run=run)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pic_rag.cli.options import (
@@ -12,16 +13,19 @@ from pic_rag.cli.options import (
     count,
     load_compressor,
     names,
+    new_file,
     positive,
     progress,
     ratios,
     share,
 )
-from pic_rag.evaluation.report import DEFAULT_COLUMNS, report_table
+from pic_rag.evaluation.report import report_table
 
 if TYPE_CHECKING:
     from pic_rag.compression.compressor import Compressor
     from pic_rag.questions import Question
+
+_SYSTEMS = ("pic", "text", "none", "truncate", "pool")
 
 
 def add_parser(commands: Commands) -> None:
@@ -39,7 +43,6 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--systems",
         type=names,
-        default=names("pic,text,none,truncate,pool"),
         metavar="A,B",
         help="of pic, text, none, truncate, pool, extract (default: the first five); pic@bf16, pic@int8, pic@int4: "
         "memories as a store of that precision gives them back; llmlingua, longllmlingua, llmlingua2: text shortened "
@@ -61,17 +64,16 @@ def add_parser(commands: Commands) -> None:
         help="values of min_fidelity: in place of systems, compare single ratios with the mixture that each of these "
         "picks, and say how well fidelity predicts wrong answers",
     )
-    parser.add_argument("--json", required=True, metavar="OUT", help="file to write")
-    parser.add_argument("--predictions", metavar="OUT", help="JSONL file to write every answer to")
+    parser.add_argument("--json", required=True, type=new_file, metavar="OUT", help="file to write")
+    parser.add_argument("--predictions", type=new_file, metavar="OUT", help="JSONL file to write every answer to")
     _add_data_options(parser)
-    add_model_options(parser, generator=False)
+    add_model_options(parser)
     parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, write, print."""
-    if args.floors and not all(isinstance(ratio, int) for ratio in args.ratios):
-        args.usage_error("--ratios must be single numbers with --floors, got ratios by rank: leave those out")
+    _check_options(args)
     questions, data = _questions(args)
     compressor = load_compressor(args)
     if args.floors:
@@ -80,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
     report = evaluate(
         questions,
-        args.systems,
+        args.systems or _SYSTEMS,
         args.ratios,
         compressor=compressor,
         task=args.task,
@@ -92,10 +94,27 @@ def run(args: argparse.Namespace) -> int:
         data=data,
         progress=progress(args),
     )
+    print(report_table(report.to_dict()), end="")
     report.save(args.json)
-    stored = ["bytes"] if any(row.document_bytes_mean is not None for row in report.rows) else []
-    print(report_table(report.to_dict(), [*DEFAULT_COLUMNS, *stored]), end="")
     return 0
+
+
+def _check_options(args: argparse.Namespace) -> None:
+    """Leave with a usage error where options contradict each other, before anything is read."""
+    if args.floors:
+        if not all(isinstance(ratio, int) for ratio in args.ratios):
+            args.usage_error("--ratios must be single numbers with --floors, got ratios by rank: leave those out")
+        given = {"--systems": args.systems, "--predictions": args.predictions, "--examples": args.examples}
+        for option in (name for name, value in given.items() if value):
+            args.usage_error(f"--floors compares ratios of pic on questions: leave {option} out")
+        if args.task != "questions":
+            args.usage_error(f"--floors compares ratios of pic on questions: leave --task {args.task} out")
+    if args.retrieve and args.examples:
+        args.usage_error("--retrieve and --examples both say which documents are shown: leave one out")
+    written = [Path(name).resolve() for name in (args.json, args.predictions) if name]
+    read = {Path(name).resolve() for name in (args.data, args.examples) if name}
+    if len({*written} - read) < len(written):
+        args.usage_error("--json and --predictions must be files of their own, and not those that are read")
 
 
 def _run_floors(
@@ -115,9 +134,9 @@ def _run_floors(
         batch_size=args.batch_size,
         data=data,
     )
-    report.save(args.json)
-    print(report.table(), end="")
+    print(report_table(report.to_dict()), end="")
     print(f"AUROC over all ratios: {'-' if report.auroc is None else f'{report.auroc:.2f}'}")
+    report.save(args.json)
     return 0
 
 
@@ -155,6 +174,11 @@ def _questions(args: argparse.Namespace) -> tuple[list[Question], dict[str, Any]
     data = {"file": args.data.rpartition("/")[2], **{name: getattr(args, name) for name in chosen}}
     source = read_questions(args.data, gold_only=args.gold_only)
     questions = pick(source, every=args.every, offset=args.offset, limit=args.limit)
+    if not questions:
+        raise ValueError(
+            f"{args.data} must hold a question with an answer after the first {args.offset}, got none. "
+            "Lower --offset, or name another file."
+        )
     if args.retrieve:
         from pic_rag.evaluation.retrieval import retrieve
 

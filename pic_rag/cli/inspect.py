@@ -60,6 +60,8 @@ def read(text: str) -> str:
     """The text itself, or what is in the file of that name; a word that ends as files do has to be one's name."""
     from pic_rag.retrieval.documents import SUFFIXES, load_documents
 
+    if os.path.isdir(text):
+        raise ValueError(f"TEXT must be a text or a file, got the folder {text!r}. Name one of its files.")
     named = len(text.split()) == 1 and text.lower().endswith(SUFFIXES)
     if named or os.path.exists(text):
         return load_documents(text, on_error="raise", progress=False).documents[0].text

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pic_rag.cli.console import calm_libraries, status
@@ -23,12 +25,11 @@ def add_command(commands: Commands, name: str, *, help: str, description: str = 
     return parser
 
 
-def add_model_options(parser: argparse.ArgumentParser, *, generator: bool = True) -> None:
+def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Where the models are and what they run on."""
     models = parser.add_argument_group("models")
     models.add_argument("--compressor", metavar="NAME", help="folder or hub id (default: the one shipped with pic-rag)")
-    if generator:
-        models.add_argument("--generator", metavar="NAME", help="folder or hub id (default: where the compressor says)")
+    models.add_argument("--generator", metavar="NAME", help="folder or hub id (default: where the compressor says)")
     models.add_argument("--device", help="such as cpu, cuda, mps (default: the best there is)")
     models.add_argument("--dtype", help="such as float32, bfloat16 (default: what the device is fast at)")
 
@@ -52,7 +53,7 @@ def ratios(text: str) -> int | tuple[int, ...]:
 
 def positive(text: str) -> int:
     """A whole number above zero, for argparse."""
-    number = int(text)
+    number = _whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number above 0, got {text}")
     return number
@@ -60,31 +61,68 @@ def positive(text: str) -> int:
 
 def count(text: str) -> int:
     """A whole number, 0 or more, for argparse."""
-    number = int(text)
+    number = _whole(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"must be a whole number of 0 or more, got {text}")
     return number
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Names between commas, for argparse."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    """Names between commas, one at least, for argparse."""
+    found = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not found:
+        raise argparse.ArgumentTypeError(f"must name at least one, got {text!r}")
+    return found
 
 
 def minutes(text: str) -> float:
     """A time above zero, for argparse."""
-    number = float(text)
+    number = _number(text)
     if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
     return number
 
 
 def share(text: str) -> float:
     """A number from 0 to 1, for argparse."""
-    number = float(text)
+    number = _number(text)
     if not 0 <= number <= 1:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 1, got {text}")
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to 1, got {text}")
     return number
+
+
+def new_file(text: str) -> Path:
+    """A file that can be written, for argparse: known before anything is computed for it."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"must be a file, got the folder {text!r}")
+    new_folder(str(path.parent))
+    return path
+
+
+def new_folder(text: str) -> Path:
+    """A folder that can be made and written to, for argparse."""
+    path = Path(text)
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"must be in a folder, got {text!r}, where {str(there)!r} is a file")
+    if not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"must be in a folder that can be written to, got {text!r}")
+    return path
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
 
 
 def progress(args: argparse.Namespace) -> bool | None:

@@ -7,7 +7,7 @@ import shlex
 from pathlib import Path
 
 from pic_rag.cli.options import Commands, add_command, names
-from pic_rag.evaluation.report import COLUMNS, DEFAULT_COLUMNS, read_report, refill, report_table
+from pic_rag.evaluation.report import COLUMNS, read_report, refill, report_table
 
 
 def add_parser(commands: Commands) -> None:
@@ -26,7 +26,7 @@ def add_parser(commands: Commands) -> None:
     )
     what.add_argument("--update", nargs="+", metavar="MARKDOWN", help="Markdown files whose tables are renewed")
     _add_options(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -34,8 +34,12 @@ def run(args: argparse.Namespace) -> int:
     if args.report is not None:
         print(report_table(read_report(args.report), args.columns, args.rows), end="")
         return 0
+    if args.columns or args.rows:
+        args.usage_error("--update reads --columns and --rows above each table: leave them out")
     for path in map(Path, args.update):
-        path.write_text(updated(path), encoding="utf-8")
+        with path.open(encoding="utf-8", newline="") as reader:
+            ends = "\r\n" if "\r\n" in reader.read() else "\n"
+        path.write_text(updated(path), encoding="utf-8", newline=ends)
         print(path)
     return 0
 
@@ -50,15 +54,17 @@ def updated(path: Path) -> str:
         args = marker.parse_args(shlex.split(options))
         return report_table(read_report(path.parent / args.report), args.columns, args.rows)
 
-    return refill(path.read_text(encoding="utf-8"), render)
+    try:
+        return refill(path.read_text(encoding="utf-8"), render)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--columns",
         type=names,
-        default=DEFAULT_COLUMNS,
         metavar="A,B",
-        help=f"of {', '.join(COLUMNS)} (default: {', '.join(DEFAULT_COLUMNS)})",
+        help=f"of {', '.join(COLUMNS)} (default: those that tell most of such a report)",
     )
     parser.add_argument("--rows", type=names, metavar="A,B", help="such as text,pic:4 (default: all)")

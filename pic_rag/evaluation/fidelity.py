@@ -22,6 +22,7 @@ from pic_rag.compression.ratios import descend
 from pic_rag.config import RAW_TEXT
 from pic_rag.evaluation.metrics import auroc, contains_answer, f1
 from pic_rag.evaluation.runner import versions
+from pic_rag.evaluation.systems import find_fitting
 from pic_rag.generation.answering import Generation
 from pic_rag.generation.generator import Generator
 from pic_rag.handles import escape_handles
@@ -44,23 +45,25 @@ class FidelityRow:
         min_fidelity: the floor; None for a single ratio.
         f1: mean over the questions, 0 to 1.
         contains_answer: share of the answers that hold a right answer, word for word.
-        prompt_tokens_mean: rows the generator read for a question.
+        prompt_tokens_mean: rows the generator read for a question whose prompt fits; None when none does.
         fidelity_mean: of the documents.
         ratios: documents at each ratio.
         auroc: how well fidelity tells right answers from wrong ones at this ratio, over the questions that raw text
             answers rightly: 0.5 is chance, 1 perfect; None where all or none are right.
         single_f1: F1 of single ratios at as many prompt tokens, on straight lines between them; None for a single one.
+        too_long: questions whose prompt does not fit the generator's context: not answered, scored 0.
     """
 
     ratio: int | None
     min_fidelity: float | None
     f1: float
     contains_answer: float
-    prompt_tokens_mean: float
+    prompt_tokens_mean: float | None
     fidelity_mean: float
     ratios: dict[int, int]
     auroc: float | None = None
     single_f1: float | None = None
+    too_long: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,29 +84,15 @@ class FidelityReport:
     config: dict[str, Any]
     versions: dict[str, str]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON types."""
+        return asdict(self)
+
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
-
-    def table(self) -> str:
-        """The rows as a Markdown table."""
-        lines = ["| ratio | floor | F1 | single F1 | answer contained | prompt tokens | fidelity | AUROC |"]
-        lines.append("|" + " ---: |" * 8)
-        for row in self.rows:
-            shares = [row.f1, row.single_f1, row.contains_answer]
-            percent = ["" if share is None else f"{100 * share:.1f}" for share in shares]
-            cells = [
-                "mixed" if row.ratio is None else str(row.ratio),
-                "" if row.min_fidelity is None else f"{row.min_fidelity:g}",
-                *percent,
-                f"{row.prompt_tokens_mean:.0f}",
-                f"{row.fidelity_mean:.2f}",
-                "" if row.auroc is None else f"{row.auroc:.2f}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        return "\n".join(lines) + "\n"
+        target.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def evaluate_fidelity(
@@ -130,11 +119,11 @@ def evaluate_fidelity(
         data: where the questions are from, as JSON types, for the report.
 
     Raises:
-        ValueError: when there are no questions, or a ratio or floor is out of range.
+        ValueError: when there are no questions with documents, or a ratio or floor is out of range.
     """
-    if not questions:
-        raise ValueError("questions must hold at least one question, got none.")
     texts = list(dict.fromkeys(context.document for question in questions for context in question.contexts))
+    if not texts:
+        raise ValueError(f"questions must come with documents to compress, got none in {len(questions)} questions.")
     ladder = (*sorted({compressor.config.check_ratio(ratio) for ratio in ratios}, reverse=True), RAW_TEXT)
     single, measured = _compress_at_each(texts, ladder[:-1], compressor, generator)
     mixed: dict[float, Pick] = {}
@@ -145,7 +134,7 @@ def evaluate_fidelity(
         mixed[floor] = dict(zip(texts, chosen, strict=True))
     answers = _Answers(questions, generator, {"max_new_tokens": max_new_tokens, "batch_size": batch_size})
     rows = [_single_row(answers, ratio, single) for ratio in ladder]
-    line = sorted((row.prompt_tokens_mean, row.f1) for row in rows)
+    line = sorted((row.prompt_tokens_mean, row.f1) for row in rows if row.prompt_tokens_mean is not None)
     rows += [_mixed_row(answers, floor, pick, line) for floor, pick in mixed.items()]
     pooled = [trial for ratio in ladder[:-1] for trial in answers.trials(single[ratio], single[RAW_TEXT])]
     parts = {
@@ -191,16 +180,19 @@ class _Answers:
         self._questions = questions
         self._generator = generator
         self._options = options
-        self._known: dict[tuple[str, ...], Generation] = {}
+        self._known: dict[tuple[str, ...], Generation | None] = {}
 
-    def of(self, pick: Pick) -> list[Generation]:
-        """One answer a question."""
+    def of(self, pick: Pick) -> list[Generation | None]:
+        """One answer a question; None where the prompt is too long."""
         handles = [[pick[context.document].handle for context in question.contexts] for question in self._questions]
         keys = [(question.question, *own) for question, own in zip(self._questions, handles, strict=True)]
         missing = [key for key in dict.fromkeys(keys) if key not in self._known]
         prompts = [rag_messages(escape_handles(asked), shown) for asked, *shown in missing]
-        made = self._generator.generate(prompts, pick.values(), **self._options)
-        self._known.update(zip(missing, made, strict=True))
+        memories = {memory.handle: memory for memory in pick.values()}
+        fitting = find_fitting(self._generator, prompts, memories, self._options["max_new_tokens"])
+        made = self._generator.generate([prompts[at] for at in fitting], memories, **self._options)
+        self._known.update(dict.fromkeys(missing))
+        self._known.update(zip((missing[at] for at in fitting), made, strict=True))
         return [self._known[key] for key in keys]
 
     def trials(self, pick: Pick, raw: Pick) -> list[Trial]:
@@ -216,11 +208,13 @@ class _Answers:
         """The means of a row."""
         said = self.of(pick)
         pairs = list(zip(self._questions, said, strict=True))
+        read = [answer.prompt_tokens for answer in said if answer is not None]
         served = [memory.ratio for memory in pick.values()]
         return {
-            "f1": fmean(f1(answer.text.strip(), question.answers) for question, answer in pairs),
+            "f1": fmean(f1(answer.text.strip(), question.answers) if answer else 0.0 for question, answer in pairs),
             "contains_answer": fmean(_is_right(*pair) for pair in pairs),
-            "prompt_tokens_mean": fmean(answer.prompt_tokens for answer in said),
+            "prompt_tokens_mean": fmean(read) if read else None,
+            "too_long": len(said) - len(read),
             "fidelity_mean": fmean(memory.fidelity or 0.0 for memory in pick.values()),
             "ratios": {ratio: served.count(ratio) for ratio in sorted(set(served))},
         }
@@ -233,10 +227,9 @@ def _single_row(answers: _Answers, ratio: int, single: Mapping[int, Pick]) -> Fi
 
 def _mixed_row(answers: _Answers, floor: float, pick: Pick, line: Sequence[tuple[float, float]]) -> FidelityRow:
     figures = answers.figures(pick)
-    tokens, scores = zip(*line, strict=True)
-    return FidelityRow(
-        None, floor, **figures, single_f1=float(np.interp(figures["prompt_tokens_mean"], tokens, scores))
-    )
+    read = figures["prompt_tokens_mean"]
+    single_f1 = None if read is None or not line else float(np.interp(read, *zip(*line, strict=True)))
+    return FidelityRow(None, floor, **figures, single_f1=single_f1)
 
 
 def _by_fidelity(trials: Sequence[Trial]) -> list[tuple[float, bool]]:
@@ -249,5 +242,5 @@ def _auroc(trials: Sequence[tuple[float, bool]]) -> float | None:
     return auroc([score for score, _ in trials], right) if len(set(right)) == 2 else None
 
 
-def _is_right(question: Question, answer: Generation) -> bool:
-    return contains_answer(answer.text.strip(), question.answers) == 1
+def _is_right(question: Question, answer: Generation | None) -> bool:
+    return answer is not None and contains_answer(answer.text.strip(), question.answers) == 1

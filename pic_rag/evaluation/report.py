@@ -11,14 +11,16 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-_MARKED = re.compile(r"(<!-- pic-rag report (?P<options>[^\n]+?) -->\n).*?(?=<!-- end of report -->)", re.DOTALL)
+_BEGIN = r"<!-- pic-rag report (?P<options>[^\n]+?) -->\n"
+_END = "<!-- end of report -->"
+_MARKED = re.compile(f"({_BEGIN})(?P<table>.*?)(?:{_END}|(?=<!-- pic-rag report )|\\Z)", re.DOTALL)
 
 Row = Mapping[str, Any]
 
 COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "reads": ("the generator reads", lambda row: _reads(row)),
     "system": ("system", lambda row: str(row["system"])),
-    "ratio": ("ratio", lambda row: _number(row, "ratio", "")),
+    "ratio": ("ratio", lambda row: "mixed" if row["ratio"] is None and "min_fidelity" in row else _ratio(row)),
     "n": ("questions", lambda row: _number(row, "n", "")),
     "f1": ("F1", lambda row: percent(row["f1"])),
     "em": ("EM", lambda row: percent(row["em"])),
@@ -36,33 +38,59 @@ COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
     "first": ("first token, seconds", lambda row: _number(row, "first_token_s", ".2f")),
     "sooner": ("first token sooner", lambda row: _number(row, "first_token_sooner", ".2f")),
     "faster": ("whole answer faster", lambda row: _number(row, "faster", ".2f")),
+    "floor": ("floor", lambda row: _number(row, "min_fidelity", "g")),
+    "single_f1": ("single F1", lambda row: percent(row["single_f1"])),
+    "fidelity": ("fidelity", lambda row: _number(row, "fidelity_mean", ".2f")),
+    "auroc": ("AUROC", lambda row: _number(row, "auroc", ".2f")),
 }
-"""What a table may show: heading, and how a row of a report says it. From `batch` on they are of `pic-rag bench`."""
+"""What a table may show: heading, and how a row of a report says it. From `batch` on they are of `pic-rag bench`, from
+`floor` on of `pic-rag eval --floors`."""
 
 DEFAULT_COLUMNS = ("system", "ratio", "f1", "em", "contains", "agreement", "prompt", "text", "seconds")
+BENCH_COLUMNS = ("system", "cache", "batch", "context", "ratio", "first", "sooner", "faster")
+FLOOR_COLUMNS = ("ratio", "floor", "f1", "single_f1", "contains", "prompt", "fidelity", "auroc")
 
 
 def report_table(
-    report: Mapping[str, Any], columns: Sequence[str] = DEFAULT_COLUMNS, rows: Sequence[str] | None = None
+    report: Mapping[str, Any], columns: Sequence[str] | None = None, rows: Sequence[str] | None = None
 ) -> str:
     """The rows of a report as a Markdown table.
 
     Args:
-        report: what `pic-rag eval --json` wrote.
-        columns: keys of `COLUMNS`.
+        report: what `pic-rag eval --json` or `pic-rag bench` wrote.
+        columns: keys of `COLUMNS`; None: those that tell most of such a report.
         rows: which, in that order: a system, or a system and a ratio as `pic:4`; None: all measured ones, as they come.
 
     Raises:
-        ValueError: when there is no such column or row.
+        ValueError: when there is no such column or row, or the report does not have it.
     """
+    columns = _default_columns(report) if columns is None else columns
     for column in columns:
         if column not in COLUMNS:
             raise ValueError(f"columns must be some of {', '.join(COLUMNS)}, got {column!r}.")
     measured = [row for row in report["rows"] if not row.get("skipped")]
     shown = measured if rows is None else [_find(measured, name) for name in rows]
     return markdown_table(
-        [COLUMNS[column][0] for column in columns], [[COLUMNS[column][1](row) for column in columns] for row in shown]
+        [COLUMNS[column][0] for column in columns], [[_cell(row, column) for column in columns] for row in shown]
     )
+
+
+def _default_columns(report: Mapping[str, Any]) -> Sequence[str]:
+    if "compression" in report:
+        return BENCH_COLUMNS
+    if "auroc_of_parts" in report:
+        return FLOOR_COLUMNS
+    stored = any(row.get("document_bytes_mean") is not None for row in report["rows"])
+    return (*DEFAULT_COLUMNS, "bytes") if stored else DEFAULT_COLUMNS
+
+
+def _cell(row: Row, column: str) -> str:
+    try:
+        return COLUMNS[column][1](row)
+    except KeyError as error:
+        raise ValueError(
+            f"columns must be in the report, got {column!r}, whose rows lack {error}. Leave it out."
+        ) from error
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -90,8 +118,20 @@ def refill(markdown: str, render: Callable[[str], str]) -> str:
     Args:
         markdown: the text around them.
         render: the table of some options, as the command line takes them.
+
+    Raises:
+        ValueError: when there is no such place, or one does not end.
     """
-    return _MARKED.sub(lambda found: found[1] + render(found["options"]), markdown)
+
+    def renewed(found: re.Match[str]) -> str:
+        if not found[0].endswith(_END):
+            raise ValueError(f"{_END} must stand below every table, got none for {found[1].strip()!r}. Put it there.")
+        return found[1] + render(found["options"]) + _END
+
+    text, count = _MARKED.subn(renewed, markdown)
+    if not count:
+        raise ValueError("There must be a line <!-- pic-rag report FILE --> where a table belongs, got none.")
+    return text
 
 
 def read_report(path: str | Path) -> dict[str, Any]:
@@ -101,7 +141,10 @@ def read_report(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: when there is no such file.
         ValueError: when it holds something else.
     """
-    report = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        report = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be a report of `pic-rag eval --json`, got no JSON: {error}.") from error
     if not isinstance(report, dict) or not isinstance(report.get("rows"), list):
         raise ValueError(f"{path} must be a report of `pic-rag eval --json`, got JSON without rows.")
     return report
@@ -110,6 +153,10 @@ def read_report(path: str | Path) -> dict[str, Any]:
 def percent(share: float | None) -> str:
     """A share from 0 to 1 in per cent; nothing for None."""
     return "" if share is None else f"{100 * share:.1f}"
+
+
+def _ratio(row: Row) -> str:
+    return _number(row, "ratio", "")
 
 
 def _number(row: Row, name: str, form: str) -> str:
@@ -124,9 +171,13 @@ def _reads(row: Row) -> str:
 
 
 def _find(rows: Sequence[Row], name: str) -> Row:
-    system, _, ratio = name.partition(":")
     for row in rows:
-        if row["system"] == system and str(row["ratio"] or "") == ratio:
+        if _name(row) == name:
             return row
-    known = ", ".join(f"{row['system']}:{row['ratio']}" if row["ratio"] else row["system"] for row in rows)
+    known = ", ".join(map(_name, rows))
     raise ValueError(f"rows must be some of {known}, got {name!r}.")
+
+
+def _name(row: Row) -> str:
+    """A system, or a system and a ratio; of a report without systems the ratio alone."""
+    return ":".join(str(part) for part in (row.get("system"), row["ratio"]) if part is not None)

@@ -6,7 +6,7 @@ Every system asks with the same messages, so prompts differ in nothing but the p
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from sentence_transformers import SentenceTransformer
 
+from pic_rag.assembler import Prompt
 from pic_rag.compression.compressor import Compressor
 from pic_rag.compression.ratios import Ratio, ratio_of_each
 from pic_rag.evaluation.lingua import Lingua, LinguaError
@@ -187,8 +188,7 @@ class Systems:
         ]
         memories = {memory.handle: memory for one in shown for memory in one.memories}
         generator = self.reading if system == "pic" or system in AT_REST_SYSTEMS else self.plain
-        room = generator.context_tokens - max_new_tokens
-        fitting = [at for at, prompt in enumerate(prompts) if generator.count_tokens(prompt, memories) <= room]
+        fitting = find_fitting(generator, prompts, memories, max_new_tokens)
         asked = [prompts[at] for at in fitting]
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         if system.endswith(_READER):
@@ -201,10 +201,12 @@ class Systems:
         return [answered.get(at) for at in range(len(prompts))]
 
     def document_bytes(self, system: str, shown: Sequence[Shown]) -> float | None:
-        """Mean bytes of a document's memory in a store, each document counted once; None for other systems."""
+        """Mean bytes of a document's memory in a store, each document counted once; None where there is none."""
         if system not in AT_REST_SYSTEMS:
             return None
         memories = {memory.handle: memory for one in shown for memory in one.memories}
+        if not memories:
+            return None
         return fmean(len(memory.to_bytes(AT_REST_SYSTEMS[system])) for memory in memories.values())
 
     def text_tokens(self, question: Question) -> int:
@@ -293,6 +295,14 @@ class Systems:
         base = load_backbone(self.compressor.generator.name, **self._loading)
         generator = Generator(base.model, base.tokenizer, name=base.name)
         return generator, Reader(base.model, cast("Path", self.compressor.reader))
+
+
+def find_fitting(
+    generator: Generator, prompts: Sequence[Prompt], memories: Mapping[str, Memory], max_new_tokens: int
+) -> list[int]:
+    """The numbers of the prompts that leave room for so long an answer in the generator's context."""
+    room = generator.context_tokens - max_new_tokens
+    return [at for at, prompt in enumerate(prompts) if generator.count_tokens(prompt, memories) <= room]
 
 
 def _remember(

@@ -15,6 +15,7 @@ from pic_rag.compression.fidelity import FidelityCheck
 from pic_rag.config import PicConfig
 from pic_rag.evaluation.fidelity import FidelityReport, evaluate_fidelity
 from pic_rag.evaluation.metrics import auroc
+from pic_rag.evaluation.report import report_table
 from pic_rag.generation.generator import Generator
 from pic_rag.memory import Memory
 from pic_rag.prompts import rag_messages, repeat_messages
@@ -420,8 +421,31 @@ def test_auroc_ranks_the_answers_that_raw_text_gets_right_by_fidelity(repeating)
 
 def test_a_report_without_questions_is_refused(repeating) -> None:
     compressor, generator = repeating
-    with pytest.raises(ValueError, match="questions must hold at least one question, got none"):
-        evaluate_fidelity([], (8,), (0.5,), compressor=compressor, generator=generator)
+    for questions in ([], [Question("q", "What?", ("x",), ())]):
+        with pytest.raises(
+            ValueError, match=f"questions must come with documents.*got none in {len(questions)} questions"
+        ):
+            evaluate_fidelity(questions, (8,), (0.5,), compressor=compressor, generator=generator)
+
+
+def test_a_prompt_that_does_not_fit_is_not_answered_scores_0_and_is_counted(repeating, monkeypatch) -> None:
+    compressor, generator = repeating
+    question = _question(0, REPEATED[0], "x")
+    [memory] = compressor.compress(REPEATED[:1], 8)
+    places = generator.count_tokens(rag_messages(question.question, [memory.handle]), [memory])
+    monkeypatch.setattr(type(generator), "context_tokens", property(lambda _: places + 4))
+    found = evaluate_fidelity([question], (8,), (1.0,), compressor=compressor, generator=generator, max_new_tokens=4)
+    eight, raw, mixed = found.rows
+    assert (eight.too_long, eight.prompt_tokens_mean) == (0, places)
+    for row in (raw, mixed):
+        assert (row.too_long, row.prompt_tokens_mean, row.f1, row.contains_answer, row.single_f1) == (
+            1,
+            None,
+            0,
+            0,
+            None,
+        )
+    assert report_table(found.to_dict()).count("\n") == 2 + len(found.rows)
 
 
 def test_the_report_is_saved_and_shown(report, tmp_path) -> None:
@@ -429,5 +453,6 @@ def test_the_report_is_saved_and_shown(report, tmp_path) -> None:
     saved = json.loads((tmp_path / "fidelity.json").read_text())
     assert saved["config"]["ratios"] == [8, 2, 1]
     assert [row["f1"] for row in saved["rows"]] == [row.f1 for row in report.rows]
-    assert len(report.table().splitlines()) == 2 + len(report.rows)
-    assert "| mixed | 0.4 |" in report.table()
+    table = report_table(report.to_dict())
+    assert len(table.splitlines()) == 2 + len(report.rows)
+    assert "| mixed |   0.4 |" in table

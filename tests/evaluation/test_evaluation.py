@@ -166,14 +166,28 @@ def test_gold_only_keeps_the_gold_contexts_and_refuses_a_question_without_one(tm
         ({key: value for key, value in LINES[0].items() if key != "contexts"}, "line 2: contexts must be a list"),
         ({**LINES[0], "contexts": ["a text"]}, "line 2: contexts must be a list of .* got 'a text'"),
         ({**LINES[0], "contexts": [{"title": 1, "text": ""}]}, "line 2: title must be a string, got 1"),
+        (
+            {**LINES[0], "contexts": [{**BEES, "is_gold": "false"}]},
+            "line 2: is_gold must be true or false, got 'false'",
+        ),
+        ({**LINES[0], "question": "\ud800?"}, "line 2: question and contexts must be valid Unicode"),
+        ({**LINES[0], "contexts": [{"text": "\ud800"}]}, "line 2: question and contexts must be valid Unicode"),
         ("[1]", "must hold one JSON object a line, got line 2: a list"),
         ('{"id": ', "must hold one JSON object a line, got line 2:"),
+        ("[" * 100_000, "must hold one JSON object a line, got line 2: maximum recursion depth"),
     ],
 )
 def test_a_bad_line_is_named_with_file_line_and_rule(tmp_path: Path, line: object, rule: str) -> None:
     with pytest.raises(ValueError, match=rule) as raised:
         list(read_questions(write_lines(tmp_path / "q.jsonl", [LINES[0], line])))
     assert str(tmp_path / "q.jsonl") in str(raised.value)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_line_and_a_blank_answer_none(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    lines = [{**LINES[0], "answers": ["", *LINES[0]["answers"]]}, {**LINES[1], "answers": [" "]}]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8-sig")
+    assert list(read_questions(path)) == ask(LINES[:1])
 
 
 def test_a_damaged_gzip_file_and_a_foreign_json_file_are_named(tmp_path: Path) -> None:

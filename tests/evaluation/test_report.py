@@ -71,7 +71,42 @@ def test_the_command_prints_a_table_and_renews_those_of_markdown_files(tmp_path,
     assert capsys.readouterr().out == f"{tmp_path / 'a.md'}\n"
 
 
+def test_a_table_without_an_end_is_named_and_nothing_is_lost(tmp_path, capsys) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(REPORT))
+    marker = "<!-- pic-rag report report.json -->"
+    for page in (f"{marker}\nMine.\n{marker}\n<!-- end of report -->\n", f"{marker}\nMine.\n", "No table.\n"):
+        (tmp_path / "a.md").write_text(page)
+        assert main(["report", "--update", str(tmp_path / "a.md")]) == 1
+        assert "a.md: " in capsys.readouterr().err
+        assert (tmp_path / "a.md").read_text() == page
+
+
+def test_the_ends_of_lines_stay_what_they_were(tmp_path) -> None:
+    (tmp_path / "report.json").write_text(json.dumps(REPORT))
+    page = b"A\r\n<!-- pic-rag report report.json --columns f1 --rows text -->\r\n<!-- end of report -->\r\n"
+    (tmp_path / "a.md").write_bytes(page)
+    assert main(["report", "--update", str(tmp_path / "a.md")]) == 0
+    assert (tmp_path / "a.md").read_bytes().count(b"\r\n") == (tmp_path / "a.md").read_bytes().count(b"\n") == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "columns"), [("benchmark_cpu", "cache"), ("evaluation_fidelity", "floor"), ("evaluation_at_rest", "bytes")]
+)
+def test_each_kind_of_report_has_columns_of_its_own(name, columns, capsys) -> None:
+    path = CARDS[0].with_name(f"{name}.json")
+    assert main(["report", str(path)]) == 0
+    assert COLUMNS[columns][0] in capsys.readouterr().out
+
+
+def test_a_column_that_the_report_does_not_have_is_named() -> None:
+    with pytest.raises(ValueError, match="columns must be in the report, got 'single_f1', whose rows lack 'single_f1'"):
+        report_table(REPORT, ("system", "single_f1"))
+
+
 def test_a_file_that_is_no_report_is_named(tmp_path, capsys) -> None:
     (tmp_path / "x.json").write_text("[]")
     assert main(["report", str(tmp_path / "x.json")]) == 1
     assert "x.json must be a report of `pic-rag eval --json`, got JSON without rows." in capsys.readouterr().err
+    (tmp_path / "x.json").write_text("rows")
+    assert main(["report", str(tmp_path / "x.json")]) == 1
+    assert "x.json must be a report of `pic-rag eval --json`, got no JSON" in capsys.readouterr().err
