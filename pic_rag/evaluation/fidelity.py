@@ -228,8 +228,10 @@ def _single_row(answers: _Answers, ratio: int, single: Mapping[int, Pick]) -> Fi
 def _mixed_row(answers: _Answers, floor: float, pick: Pick, line: Sequence[tuple[float, float]]) -> FidelityRow:
     figures = answers.figures(pick)
     read = figures["prompt_tokens_mean"]
-    single_f1 = None if read is None or not line else float(np.interp(read, *zip(*line, strict=True)))
-    return FidelityRow(None, floor, **figures, single_f1=single_f1)
+    if read is None or not line:
+        return FidelityRow(None, floor, **figures)
+    tokens, scores = zip(*line, strict=True)
+    return FidelityRow(None, floor, **figures, single_f1=float(np.interp(read, tokens, scores)))
 
 
 def _by_fidelity(trials: Sequence[Trial]) -> list[tuple[float, bool]]:
