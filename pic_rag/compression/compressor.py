@@ -100,6 +100,7 @@ class Compressor:
         encoder = PicEncoder(base.model, checkpoint.config, reads.model.get_input_embeddings())
         encoder.load_trained_state(checkpoint.weights)
         encoder.merge_lora()
+        checkpoint = checkpoint.with_models_at(base.name, reads.name)
         return cls(checkpoint, encoder, base.tokenizer, name=None if name_or_path is None else str(name_or_path))
 
     @classmethod

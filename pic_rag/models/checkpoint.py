@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,14 @@ class Checkpoint:
             weights=_read_weights(folder / WEIGHTS_FILE),
             reader=_find_reader(folder / READER_FOLDER, generator.id, config),
             quality=str(settings.get("quality", "")),
+        )
+
+    def with_models_at(self, base: str, generator: str) -> Checkpoint:
+        """The same compressor, its models known by where they have been found."""
+        if (base, generator) == (self.base.name, self.generator.name):
+            return self
+        return replace(
+            self, base=self.base._replace(name=base), generator=self.generator._replace(name=generator)
         )
 
     def save(self, folder: str | Path) -> None:

@@ -31,7 +31,7 @@ def load_models(
     """
     load = partial(load_backbone, **loading)
     one_model = _digest(checkpoint.base.id) == _digest(plain_id(checkpoint.generator.id))
-    argument = "generator" if one_model and generator and not base_model else "base_model"
+    argument = "generator" if one_model and not base_model else "base_model"
     base = _load(load, argument, base_model or (generator if one_model else None) or checkpoint.base.name)
     if _digest(base.ref.id) != _digest(checkpoint.base.id):
         raise ValueError(
