@@ -85,9 +85,7 @@ class Checkpoint:
         """The same compressor, its models known by where they have been found."""
         if (base, generator) == (self.base.name, self.generator.name):
             return self
-        return replace(
-            self, base=self.base._replace(name=base), generator=self.generator._replace(name=generator)
-        )
+        return replace(self, base=self.base._replace(name=base), generator=self.generator._replace(name=generator))
 
     def save(self, folder: str | Path) -> None:
         """Write the checkpoint. Cut while it takes an older one's place, it leaves no checkpoint, never a mixture."""

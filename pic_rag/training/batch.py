@@ -16,7 +16,7 @@ from pic_rag.mask import Places
 from pic_rag.training.config import Stage, TrainConfig
 from pic_rag.training.examples import MEMORY, Dialogue, Example, ExampleFactory, Ratios
 
-_MOST_DRAWS = 1000  # examples too long for a row before a run gives up
+_MOST_DRAWS = 1000  # examples too long for a row, or without a memory, before a run gives up
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,9 +103,14 @@ class StepDataset(Dataset[Batch]):
             if examples and room.min() < 0:
                 break
             examples.append(example)
-        while not any(example.segments for example in examples):  # all were drawn as text
-            examples.append(self._draw_one(task, ratios, random))
-        return sorted(examples, key=lambda example: not example.segments)
+        for _ in range(_MOST_DRAWS):
+            if any(example.segments for example in examples):
+                return sorted(examples, key=lambda example: not example.segments)
+            examples.append(self._draw_one(task, ratios, random))  # all were drawn as text
+        raise ValueError(
+            f"examples of the task {task} must have a document to compress, got {_MOST_DRAWS} in a row without. "
+            "Name sources whose texts are not empty, or lower text_share."
+        )
 
     def _draw_one(self, task: str, ratios: Ratios, random: np.random.Generator) -> Example:
         """An example that fits a row, where rows are fixed."""

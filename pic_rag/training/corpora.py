@@ -7,9 +7,12 @@ import json
 import logging
 import os
 import re
+import shutil
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,7 +21,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from pic_rag.questions import Question, read_jsonl, read_rows
+from pic_rag.prompts import check_unicode
+from pic_rag.questions import Question, Row, read_jsonl, read_rows
 from pic_rag.training.synthetic import passages
 
 logger = logging.getLogger(__name__)
@@ -26,6 +30,10 @@ logger = logging.getLogger(__name__)
 SYNTHETIC = "synthetic:"
 """Before the name of a text corpus: the questions its texts ask about themselves."""
 
+_TABLE_VERSION = 2  # of what is written into tables: another one makes them anew
+_STAGING = "pic-rag-staging-"
+_STAGING_SECONDS = 7 * 24 * 3600.0  # no tokenisation takes that long
+_ONE_TEXT = (".txt", ".md")
 _BATCH_TEXTS = 1000
 _WORD = re.compile(r"[^\W_]+")
 
@@ -39,12 +47,14 @@ class Record:
         answers: at least one.
         contexts: the documents' texts, title first where there is one.
         gold: numbers of the contexts that hold the answer.
+        cut_from: the whole text that the context of a synthetic question is a passage of.
     """
 
     question: str
     answers: list[str]
     contexts: list[str]
     gold: list[int]
+    cut_from: str = ""
 
 
 class TokenTable:
@@ -75,23 +85,27 @@ class TokenTable:
 
 def read_texts(source: str) -> Iterator[str]:
     """Texts of a corpus: `.txt` or `.md` (one), `.jsonl(.gz)` (`text` of each line), `hf:ID[:SPLIT]` of `datasets`."""
-    if source.startswith("hf:"):
-        import datasets
-
-        name, _, split = source[3:].partition(":")
-        for row in datasets.load_dataset(name, split=split or "train", streaming=True):
-            yield row["text"]
-    elif source.endswith((".txt", ".md")):
+    if source.endswith(_ONE_TEXT):
         yield Path(source).read_text(encoding="utf-8")
     else:
-        yield from (values["text"] for values in _text_rows(source))
+        yield from (values["text"] for values, _ in _text_rows(source))
 
 
-def _text_rows(source: str) -> Iterator[dict[str, Any]]:
-    for values, where in read_jsonl(source):
-        if not isinstance(values.get("text"), str):
-            raise ValueError(f"text must be a string, got {values.get('text')!r} in {where}. Give it in every line.")
-        yield values
+def _text_rows(source: str) -> Iterator[Row]:
+    for row in _hub_rows(source) if source.startswith("hf:") else read_jsonl(source):
+        text = row.values.get("text")
+        if not isinstance(text, str):
+            raise ValueError(f"text must be a string, got {text!r} in {row.where}. Give it in every line.")
+        check_unicode(f"{row.where}: text", text)
+        yield row
+
+
+def _hub_rows(source: str) -> Iterator[Row]:
+    import datasets
+
+    name, _, split = source[3:].partition(":")
+    for number, values in enumerate(datasets.load_dataset(name, split=split or "train", streaming=True), 1):
+        yield Row(values, f"{source}, row {number}")
 
 
 def read_questions(source: str) -> Iterator[Record]:
@@ -100,29 +114,53 @@ def read_questions(source: str) -> Iterator[Record]:
     `synthetic:FILE` is a `.jsonl(.gz)` file of texts, and the questions are those of `pic_rag.training.synthetic`.
     """
     if source.startswith(SYNTHETIC):
-        for values in _text_rows(source.removeprefix(SYNTHETIC)):
-            for passage in passages(values["text"], str(values.get("title") or "")):
+        for values, where in _text_rows(source.removeprefix(SYNTHETIC)):
+            title = str(values.get("title") or "")
+            check_unicode(f"{where}: title", title)
+            for passage in passages(values["text"], title):
                 for question, answer in passage.questions:
-                    yield Record(question, [answer], [passage.text], [0])
+                    yield Record(question, [answer], [passage.text], [0], cut_from=values["text"])
         return
     for row in read_rows(source):
         if row.values.get("contexts") and row.values.get("answers"):
-            asked = Question.from_row(row)
-            gold = [number for number, context in enumerate(asked.contexts) if context.is_gold]
-            yield Record(asked.question, list(asked.answers), [context.document for context in asked.contexts], gold)
+            record = _record(row)
+            if record.answers and record.contexts:
+                yield record
+
+
+def _record(row: Row) -> Record:
+    """A question with the contexts that hold text: with none of them where the gold ones do not."""
+    asked = Question.from_row(row)
+    for answer in asked.answers:
+        check_unicode(f"{row.where}: answers", answer)
+    contexts = [context for context in asked.contexts if context.text.strip()]
+    gold = [number for number, context in enumerate(contexts) if context.is_gold]
+    if not gold and any(context.is_gold for context in asked.contexts):
+        contexts = []
+    return Record(asked.question, list(asked.answers), [context.document for context in contexts], gold)
 
 
 def held_out_hashes(sources: Sequence[str]) -> set[str]:
     """Content hashes of every text, context and question of the held-out files."""
-    hashes: set[str] = set()
-    for source in sources:
-        for row, _ in read_rows(source):
-            for context in row.get("contexts") or []:
-                hashes.add(content_hash(context["text"]))
-            for name in ("text", "question"):
-                if name in row:
-                    hashes.add(content_hash(row[name]))
+    hashes = {content_hash(text) for source in sources for text in _held_out_texts(source)}
     return hashes - {content_hash("")}  # else every context of one line would count as held out
+
+
+def _held_out_texts(source: str) -> Iterator[str]:
+    if source.endswith(_ONE_TEXT):
+        yield from read_texts(source)
+        return
+    for values, where in read_rows(source):
+        texts = [(name, values[name]) for name in ("text", "question") if name in values]
+        contexts = values.get("contexts") or []
+        for context in contexts if isinstance(contexts, list) else [contexts]:
+            texts.append(("contexts", context.get("text") if isinstance(context, Mapping) else None))
+        for name, text in texts:
+            if not isinstance(text, str):
+                rule = 'a list of {"text"} with strings' if name == "contexts" else "a string"
+                got = repr(values[name])[:80]
+                raise ValueError(f"{where}: {name} must be {rule} in a held-out file, got {got}. Correct the file.")
+            yield text
 
 
 @lru_cache(maxsize=1 << 16)  # contexts come back with every question about them
@@ -132,11 +170,11 @@ def content_hash(text: str) -> str:
 
 
 def _held_out_by(record: Record, held_out: set[str]) -> str | None:
-    """What of a record is held out: the wording of its question, or a context; None when neither is."""
+    """What of a record is held out: the wording of its question, or a context or its text; None when neither is."""
     if content_hash(record.question) in held_out:
         return "wording"
-    contexts = [*record.contexts, *(text.partition("\n")[2] for text in record.contexts)]
-    return "context" if any(content_hash(text) in held_out for text in contexts) else None
+    texts = [record.cut_from, *record.contexts, *(text.partition("\n")[2] for text in record.contexts)]
+    return "context" if any(content_hash(text) in held_out for text in texts) else None
 
 
 class Corpora:
@@ -183,14 +221,14 @@ class Corpora:
         """The folder of a table; it appears whole or not at all."""
         files = [source.removeprefix(SYNTHETIC) for source in (*sources, *self.held_out)]
         stamp = {file: _stamp(file) for file in files}
-        identity = json.dumps([list(sources), list(self.held_out), self._vocabulary])
+        identity = json.dumps([_TABLE_VERSION, list(sources), list(self.held_out), self._vocabulary])
         folder = self.cache / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
-        if folder.exists():
-            made = json.loads((folder / "files.json").read_text(encoding="utf-8"))
-            if all(now in (None, made.get(file)) for file, now in stamp.items()):
-                return folder
+        made = _made_of(folder)
+        if made is not None and all(now in (None, made.get(file)) for file, now in stamp.items()):
+            return folder
         self.cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.cache) as staging:
+        _sweep(self.cache)
+        with tempfile.TemporaryDirectory(dir=self.cache, prefix=_STAGING) as staging:
             whole = Path(staging, folder.name)
             whole.mkdir()
             build(whole)
@@ -260,9 +298,26 @@ def _training_records(source: str, held_out: set[str]) -> Iterator[Record]:
     logger.info("%s: %d questions kept for training, %s", source, kept, why)
     if not kept:
         raise ValueError(
-            f"questions must hold at least one question that is not held out, got none in {source}: {why}. "
-            "Name other questions, or take the file that they share words with out of held_out."
+            f"questions must hold at least one question with an answer and a document that is not held out, got none "
+            f"in {source}: {why}. Name other questions, or take the file that they share words with out of held_out."
         )
+
+
+def _made_of(folder: Path) -> dict[str, Any] | None:
+    """The stamps of the files that a table was made of; None where there is no table, or a damaged one."""
+    try:
+        made = json.loads((folder / "files.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return made if isinstance(made, dict) else None
+
+
+def _sweep(cache: Path) -> None:
+    """Remove what killed runs left: staging folders too old to be in use by another process."""
+    for folder in cache.glob(f"{_STAGING}*"):
+        with suppress(FileNotFoundError):
+            if time.time() - folder.stat().st_mtime > _STAGING_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def _stamp(file: str) -> list[int] | None:

@@ -5,12 +5,15 @@ An example is drawn from a random generator, so the same seed and step give the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
+from jinja2 import TemplateError
 
 from pic_rag.chunking import Segment, fold, place_slots, token_windows
 from pic_rag.handles import escape_handles, split_handles
@@ -21,6 +24,7 @@ from pic_rag.training.corpora import Asked, QuestionTable, TokenTable
 
 MEMORY = -1  # stands in a sequence where a memory token goes
 Messages = list[dict[str, str]]
+Spans = list[tuple[str, bool]]  # text of a rendered chat, and whether the generator has to say it
 Ratios = Mapping[int, float]
 PromptShape = Callable[[str, Sequence[str]], Messages]
 
@@ -114,8 +118,24 @@ PROMPT_SHAPES: tuple[tuple[float, PromptShape], ...] = (
 _SHAPE_WEIGHTS = [weight for weight, _ in PROMPT_SHAPES]
 
 
+def _one_message(shape: PromptShape, question: str, passages: Sequence[str]) -> Messages:
+    """A form of prompt for templates without a system role: that message's text comes in front of the user's."""
+    return [{"role": "user", "content": "\n\n".join(message["content"] for message in shape(question, passages))}]
+
+
 class ExampleFactory:
-    """Draws examples of each task from tokenised corpora."""
+    """Draws examples of each task from tokenised corpora.
+
+    Args:
+        config: the run.
+        tokenizer: any Hugging Face tokenizer.
+        texts: the corpus of the text tasks.
+        questions: the tables of the task questions, and their weights.
+        end_token_ids: tokens at which the generator stops; none given: the tokenizer's special tokens.
+
+    Raises:
+        ValueError: when the texts are too short, or the chat template shows no form of prompt as it is.
+    """
 
     def __init__(
         self,
@@ -123,15 +143,18 @@ class ExampleFactory:
         tokenizer: Any,  # noqa: ANN401 - any Hugging Face tokenizer
         texts: TokenTable | None,
         questions: Mapping[QuestionTable, float],
+        end_token_ids: Collection[int] = (),
     ) -> None:
         self.config = config
         self.tokenizer = tokenizer
+        self.end_token_ids = end_token_ids or tokenizer.all_special_ids
         self.texts = texts
         if texts is not None:
             _check_longest(texts, config.text_tokens[0])
         self.questions = list(questions)
         weights = np.array(list(questions.values()), dtype=float)
         self._question_weights = weights / weights.sum() if len(weights) else weights
+        self._shapes = [self._fitted(shape) for _, shape in PROMPT_SHAPES] if self.questions else []
         self._draw: dict[str, Callable[[Ratios, np.random.Generator], Example]] = {
             "reconstruct": self._reconstruct,
             "continue": self._continue,
@@ -149,7 +172,7 @@ class ExampleFactory:
         messages = rag_messages(
             escape_handles(question.question), [_handle(number) for number in range(len(documents))]
         )
-        spans = [(self._render(messages), False), (question.answers[0] + self.tokenizer.eos_token, True)]
+        spans = self._converse(messages, [(question.question, question.answers[0])])
         return Example(
             [segment for parts in segments for segment in parts],
             self._sequence(spans, [_memory_places(parts) for parts in segments]),
@@ -173,8 +196,7 @@ class ExampleFactory:
         segments = self._cut(text, ratio, slots_per_chunk)
         prompt = self._render(repeat_messages(_handle(0)))
         pieces = self._tokenize(prompt, [_memory_places(segments)])
-        end = np.array([self.tokenizer.eos_token_id])
-        return Example(segments, Dialogue.join([*pieces, (text, True), (end, True)]))
+        return Example(segments, Dialogue.join([*pieces, (text, True), (self._ids(self._turn_end), True)]))
 
     def _continue(self, ratios: Ratios, random: np.random.Generator) -> Example:
         excerpt = self._excerpt(random, self.config.target_tokens)
@@ -185,8 +207,10 @@ class ExampleFactory:
     def _ask(self, ratios: Ratios, random: np.random.Generator) -> Example:
         table = self.questions[random.choice(len(self.questions), p=self._question_weights)]
         group = table.groups[random.integers(len(table.groups))]
-        asked = [group[number] for number in random.permutation(len(group))[: self.config.turns]]
-        documents = [table.contexts[row] for row in self._documents(asked[0], table, random)]
+        candidates = [group[number] for number in random.permutation(len(group))]
+        rows = self._documents(candidates[0], table, random)
+        asked = [record for record in candidates if set(record.gold) <= set(rows)][: self.config.turns]
+        documents = [table.contexts[row] for row in rows]
         shown: list[np.ndarray] = []
         segments: list[Segment] = []
         for document in documents:
@@ -196,15 +220,17 @@ class ExampleFactory:
             parts = self._compress(document, ratios, random)
             segments += parts
             shown.append(_memory_places(parts))
-        shape = PROMPT_SHAPES[random.choice(len(PROMPT_SHAPES), p=_SHAPE_WEIGHTS)][1]
-        spans = self._conversation(asked, shape, len(documents), random)
+        shape = self._shapes[random.choice(len(PROMPT_SHAPES), p=_SHAPE_WEIGHTS)]
+        exchanges = [(record.question, record.answers[random.integers(len(record.answers))]) for record in asked]
+        messages = shape(asked[0].question, [_handle(number) for number in range(len(documents))])
+        spans = self._converse(messages, exchanges)
         teacher = self._sequence(spans, documents) if self.config.distillation else None
         return Example(segments, self._sequence(spans, shown), teacher)
 
     def _documents(self, asked: Asked, table: QuestionTable, random: np.random.Generator) -> list[int]:
-        """The contexts to show: the gold one always, distractors from the record or from neighbouring records."""
-        gold = list(asked.gold)
-        others = [row for row in asked.contexts if row not in gold]
+        """The contexts to show, each once: the gold ones, distractors from the record or from neighbouring records."""
+        gold = list(dict.fromkeys(asked.gold))
+        others = [row for row in dict.fromkeys(asked.contexts) if row not in gold]
         limit = max(len(gold), int(random.integers(1, self.config.documents + 1)))
         if not others and random.random() < self.config.distractor_share:
             others = self._neighbours(asked, table, random)
@@ -214,29 +240,63 @@ class ExampleFactory:
         return shown
 
     def _neighbours(self, asked: Asked, table: QuestionTable, random: np.random.Generator) -> list[int]:
-        here = asked.contexts[0]
-        near = here + random.integers(-8, 9, size=self.config.documents)
-        return [row for row in set(near.tolist()) if 0 <= row < len(table.contexts) and row != here]
+        near = asked.contexts[0] + random.integers(-8, 9, size=self.config.documents)
+        return [row for row in set(near.tolist()) if 0 <= row < len(table.contexts) and row not in asked.contexts]
 
-    def _conversation(
-        self, asked: list[Asked], shape: PromptShape, documents: int, random: np.random.Generator
-    ) -> list[tuple[str, bool]]:
-        """The rendered chat as (text, is_target) spans: every answer is a target, its end token included."""
-        answers = [record.answers[random.integers(len(record.answers))] for record in asked]
-        messages = shape(asked[0].question, [_handle(number) for number in range(documents)])
-        spans: list[tuple[str, bool]] = []
+    def _fitted(self, shape: PromptShape) -> PromptShape:
+        """A form of prompt as the chat template takes it: without a system message where it refuses or drops that."""
+        for form in (shape, partial(_one_message, shape)):
+            with suppress(TemplateError):
+                if self._render(form("?", [_handle(0)])).count(_handle(0)) == 1:
+                    return form
+        raise ValueError(
+            "The chat template of base_model must show a user's message once and as it is, got one that does not. "
+            "Name an instruction-tuned model, or correct tokenizer.chat_template."
+        )
+
+    def _converse(self, messages: Messages, exchanges: Sequence[tuple[str, str]]) -> Spans:
+        """The rendered chat that begins with a prompt, of (question, answer) pairs: every answer is said to its end.
+
+        It is over after the first answer that the template shows otherwise once there is a next question.
+        """
+        spans: Spans = []
         written = ""
-        for turn, answer in enumerate(answers):
-            if turn:
-                messages.append({"role": "user", "content": asked[turn].question})
-            prompt = self._render(messages)
-            said = answer + self.tokenizer.eos_token
+        prompt = self._render(messages)
+        for turn, (_, answer) in enumerate(exchanges, 1):
+            following = exchanges[turn % len(exchanges)][0]  # after the last answer too: templates then end its turn
+            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": following}]
+            longer = self._render(messages)
+            said = self._said(prompt, answer, longer)
             spans += [(prompt.removeprefix(written), False), (said, True)]
             written = prompt + said
-            messages.append({"role": "assistant", "content": answer})
+            if not longer.startswith(written):
+                break
+            prompt = longer
         return spans
 
-    def _sequence(self, spans: Sequence[tuple[str, bool]], documents: Sequence[np.ndarray]) -> Dialogue:
+    def _said(self, prompt: str, answer: str, longer: str) -> str:
+        """What a longer chat has behind a prompt, up to the end of the answer's turn; without that, answer and end."""
+        wrote = longer[len(prompt) :] if longer.startswith(prompt) else ""
+        for said in (answer + self._turn_end, answer.strip() + self._turn_end):
+            if said in wrote:
+                return wrote[: wrote.index(said) + len(said)]
+        return answer + self._turn_end
+
+    @cached_property
+    def _turn_end(self) -> str:
+        """What the template writes behind an answer, up to a token at which the generator stops; else `eos_token`."""
+        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _handle(0)}]
+        tail = str(self.tokenizer.apply_chat_template(messages, tokenize=False)).partition(_handle(0))[2]
+        tokens = filter(None, map(self.tokenizer.decode, self.end_token_ids))
+        ends = [tail.index(token) + len(token) for token in tokens if token in tail]
+        if not ends and self.tokenizer.eos_token is None:
+            raise ValueError(
+                "The chat template of base_model must end an answer with a token at which the generator stops, got "
+                f"{tail!r}. Set tokenizer.eos_token, or eos_token_id in generation_config.json."
+            )
+        return tail[: min(ends)] if ends else str(self.tokenizer.eos_token)
+
+    def _sequence(self, spans: Spans, documents: Sequence[np.ndarray]) -> Dialogue:
         pieces: list[tuple[np.ndarray, bool]] = []
         for text, is_target in spans:
             pieces += [(self._ids(text), True)] if is_target else self._tokenize(text, documents)
