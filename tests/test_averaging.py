@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pic_rag.cli import main
 from pic_rag.compression.compressor import Compressor
@@ -73,6 +73,14 @@ def test_what_is_no_checkpoint_of_one_run_is_refused_and_nothing_written(make, t
     for compressors, message in refused:
         with pytest.raises(ValueError, match=message):
             average(compressors, tmp_path / "mean")
+    for file in ("compressor.safetensors", "reader/adapter_model.safetensors"):
+        bad = make("bad", 3, reader_rank=3)
+        weights = load_file(bad / file)
+        name = min(weights)
+        save_file({**weights, name: torch.full_like(weights[name], torch.nan)}, bad / file)
+        _name_reader(bad)
+        with pytest.raises(ValueError, match=f"bad.* must hold finite weights, got others in '{name}'"):
+            average([read, bad], tmp_path / "mean")
     for model in ("base", "generator"):
         one = make("one", 0)
         other = json.loads((one / "config.json").read_text())
@@ -81,3 +89,11 @@ def test_what_is_no_checkpoint_of_one_run_is_refused_and_nothing_written(make, t
         with pytest.raises(ValueError, match=f"must have the same {model} .*another@0123456789abcdef"):
             average([make("two", 1), one], tmp_path / "mean")
     assert not (tmp_path / "mean").exists()
+
+
+def _name_reader(folder):
+    """Let a compressor's settings name the reader that lies beside them."""
+    settings = json.loads((folder / "config.json").read_text())
+    plain = plain_id(settings["generator"]["id"])
+    settings["generator"]["id"] = generator_id(plain, folder / "reader", "contiguous")
+    (folder / "config.json").write_text(json.dumps(settings))

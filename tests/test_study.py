@@ -108,8 +108,9 @@ def test_arms_trained_by_different_processes_make_one_study(folder, smoke, tmp_p
     assert run_study(smoke, tmp_path, arms=["pic"], progress=False)
     assert measured(tmp_path) == measured(folder)
     assert (tmp_path / "study.yaml").read_text() == (folder / "study.yaml").read_text()
-    with pytest.raises(ValueError, match="arms must be some of pic, global, got 'locl'"):
-        run_study(smoke, tmp_path, arms=["locl"])
+    for arms, got in [(["locl"], "'locl'"), ([], "none")]:
+        with pytest.raises(ValueError, match=f"arms must be some of pic, global, got {got}"):
+            run_study(smoke, tmp_path, arms=arms)
 
 
 @pytest.fixture
@@ -121,17 +122,19 @@ def half_done(folder, tmp_path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("killed_at", [0, 2, 4])
-def test_a_killed_study_ends_as_if_it_had_not_been(folder, smoke, half_done, monkeypatch, killed_at) -> None:
+@pytest.mark.parametrize(
+    ("killed_at", "death"), [(0, KeyboardInterrupt), (2, KeyboardInterrupt), (2, MemoryError), (4, MemoryError)]
+)
+def test_a_killed_study_ends_as_if_it_had_not_been(folder, smoke, half_done, monkeypatch, killed_at, death) -> None:
     measure = Watch.__call__
 
     def measure_and_die(watch: Watch, trainer: Trainer) -> None:
         measure(watch, trainer)
         if trainer.step == killed_at:
-            raise KeyboardInterrupt
+            raise death
 
     monkeypatch.setattr(Watch, "__call__", measure_and_die)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(death):
         run_study(smoke, half_done, progress=False)
     monkeypatch.undo()
     assert measured(half_done) != measured(folder) or killed_at == 4  # where all was written but the last checkpoint
@@ -148,14 +151,43 @@ def test_a_study_that_runs_out_of_time_goes_on_where_it_stopped(folder, smoke, h
     assert measured(half_done) == measured(folder)
 
 
-def test_a_run_made_with_another_configuration_is_refused(folder, smoke, tmp_path) -> None:
+def test_measurements_that_were_cut_are_made_again(folder, smoke, tmp_path) -> None:
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    for path in (tmp_path / "metrics").iterdir():
+        path.write_bytes(path.read_bytes()[: -5 if path.name == "global-0.jsonl" else None])
+    assert "1 of 2 runs are finished" in write_report(tmp_path)[0].read_text()
+    assert run_study(smoke, tmp_path, progress=False)
+    assert measured(tmp_path) == measured(folder)
+    path = tmp_path / "metrics" / "pic-0.jsonl"
+    path.write_text(path.read_text().replace("\n", "\n?\n", 1))
+    with pytest.raises(ValueError, match=r"pic-0\.jsonl must hold a JSON object in every line, got line 2"):
+        write_report(tmp_path)
+
+
+def test_bounds_appear_whole(smoke, tmp_path, monkeypatch) -> None:
+    write = Path.write_text
+
+    def write_half_of_bounds(path: Path, text: str, **options) -> None:
+        whole = not path.name.startswith("bounds")
+        write(path, text if whole else text[: len(text) // 2], **options)
+        if not whole:
+            raise MemoryError
+
+    monkeypatch.setattr(Path, "write_text", write_half_of_bounds)
+    with pytest.raises(MemoryError):
+        run_study(smoke, tmp_path, progress=False)
+    assert not (tmp_path / "metrics" / "bounds.jsonl").exists()
+
+
+def test_a_run_made_with_another_configuration_is_refused_and_nothing_written(folder, smoke, tmp_path) -> None:
     shutil.copytree(folder / "metrics", tmp_path / "metrics")
     other = dataclasses.replace(smoke, train={**smoke.train, "learning_rate": 1.0})
     with pytest.raises(ValueError, match=r"pic-0\.jsonl must have the study's config, got another learning_rate"):
         run_study(other, tmp_path, progress=False)
     other = dataclasses.replace(smoke, measured=dataclasses.replace(smoke.measured, limit=3))
     with pytest.raises(ValueError, match="must have the study's measured, got another limit"):
-        run_study(other, tmp_path, progress=False)
+        run_study(other, tmp_path, arms=["global"], progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics"]
 
 
 def test_the_report_is_made_of_the_files_alone(folder, tmp_path, capsys) -> None:
@@ -254,6 +286,8 @@ def test_runs_that_are_not_finished_are_left_out_of_the_tables_and_counted(tmp_p
     (tmp_path / "metrics" / "global-0.jsonl").unlink()
     assert not read_run(tmp_path / "metrics" / "global-0.jsonl").finished
     assert "1 of 2 runs are finished" in write_report(tmp_path)[0].read_text()
+    (tmp_path / "metrics" / "pic-0.jsonl").unlink()
+    assert "0 of 2 runs are finished" in write_report(tmp_path)[0].read_text()
 
 
 def test_the_best_value_of_a_curve_is_its_lowest_loss_or_its_highest_score() -> None:
@@ -281,7 +315,11 @@ def test_every_shipped_study_is_a_study_of_valid_runs(path, tmp_path) -> None:
         ({"arms": {"a/b": {}}}, r"arms must have names of letters, digits .* got 'a/b'"),
         ({"arms": {"a": 3}}, "a must be a mapping of training fields, got 3"),
         ({"arms": {"a": {"seed": 1}}}, "a must leave seed to the study, got 1"),
+        ({"arms": {"a": {"pic": [1]}}}, r"pic of a must be a mapping of PicConfig's fields, got \[1\]"),
         ({"seeds": [1, 1]}, r"seeds must be different whole numbers, got \(1, 1\)"),
+        ({"seeds": 3}, "seeds must be a list of whole numbers, got 3"),
+        ({"measured": {"data": "q", "ratios": 4}}, "ratios must be a list of whole numbers, got 4"),
+        ({"measured": {"data": "q", "ratios": []}}, "ratios must hold at least one ratio, got none"),
         ({"reference": "b"}, "reference must be one of a, got 'b'"),
         ({"measured": {"data": "q", "loss_steps": 0}}, "loss_steps must be a whole number of 1 or more, got 0"),
         ({"measured": {}}, "A study must set 'data'"),
@@ -296,8 +334,38 @@ def test_a_study_that_breaks_a_rule_is_refused_by_name(fields, message) -> None:
         StudyConfig.from_dict({**values, **fields})
 
 
-def test_a_ratio_that_an_arm_does_not_serve_is_refused_before_training(smoke, tmp_path) -> None:
-    study = dataclasses.replace(smoke, arms={"few": {"pic": {"ratios": [4, 8]}}}, reference=None)
-    with pytest.raises(ValueError, match="ratio must be one of 4, 8 .* got 16"):
+def test_a_question_without_a_document_is_refused_by_name(smoke, tmp_path) -> None:
+    line = {"id": "q7", "question": "When did the bell ring?", "answers": ["at noon"], "contexts": []}
+    (tmp_path / "q.jsonl").write_text(json.dumps(line))
+    study = dataclasses.replace(smoke, measured=dataclasses.replace(smoke.measured, data=str(tmp_path / "q.jsonl")))
+    with pytest.raises(ValueError, match="contexts must hold a document with text, got none of question 'q7'"):
+        run_study(study, tmp_path / "study", progress=False)
+
+
+def test_a_file_that_is_not_utf_8_is_named(tmp_path) -> None:
+    (tmp_path / "study.yaml").write_bytes(b'base: "\xff"')
+    with pytest.raises(ValueError, match=r"study\.yaml must be UTF-8, got: .* Convert the file"):
+        StudyConfig.load(tmp_path / "study.yaml")
+
+
+@pytest.mark.parametrize("option", ["--arms=pic", "--minutes=1", "--out=elsewhere"])
+def test_options_that_a_report_would_not_heed_are_refused(option, capsys) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", "--report", "runs/smoke", option])
+    assert f"leave {option.partition('=')[0]} out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"pic": {"ratios": [4, 8]}}, "ratio must be one of 4, 8 .* got 16"),
+        ({"questions": {5: 1.0}}, "questions must be a mapping of files to weights, got {5: 1.0}"),
+    ],
+)
+def test_an_arm_that_cannot_be_measured_or_trained_is_refused_before_training(
+    smoke, tmp_path, changed, message
+) -> None:
+    study = dataclasses.replace(smoke, arms={"few": changed}, reference=None)
+    with pytest.raises(ValueError, match=message):
         run_study(study, tmp_path, progress=False)
     assert not (tmp_path / "runs").exists()

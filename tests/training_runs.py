@@ -7,7 +7,10 @@ import json
 
 import torch
 
+from pic_rag.training.chat import MEMORY
 from pic_rag.training.config import TrainConfig
+from pic_rag.training.corpora import Corpora
+from pic_rag.training.examples import ExampleFactory
 
 TEXT = "The harbour of Whitby lay still, and nobody spoke before the bell rang number {}. Then all of them left."
 
@@ -34,6 +37,17 @@ def make_config(data, folder, *, steps=6, tasks=None, **fields):
         "precision": "fp32",
     }
     return TrainConfig.from_dict({**values, **fields})
+
+
+def make_factory(folder, tokenizer, rows, end_token_ids=(), **fields):
+    """Of examples that ask the questions of these rows."""
+    write_rows(folder / "questions.jsonl", rows)
+    table = Corpora(folder / "cache", tokenizer, []).questions(str(folder / "questions.jsonl"))
+    return ExampleFactory(make_config(folder, folder, **fields), tokenizer, None, {table: 1.0}, end_token_ids)
+
+
+def memory_places(dialogue):
+    return int((dialogue.ids == MEMORY).sum())
 
 
 def metrics_of(out):

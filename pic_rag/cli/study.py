@@ -31,21 +31,31 @@ def add_parser(commands: Commands) -> None:
         "--arms", type=names, metavar="A,B", help="train only these, and leave others to other machines"
     )
     parser.add_argument("--minutes", type=minutes, metavar="M", help="stop after M minutes, to be resumed later")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train what is not trained yet, then report."""
+    _check_usage(args)
     folder = args.report
     if folder is None:
         from pic_rag.study.runner import run_study
+        from pic_rag.training.guards import sigterm_interrupts
 
         folder = args.out or Path("runs", Path(args.config).stem)
         study = StudyConfig.load(args.config)
         calm_libraries(bars=show_bars(args))
-        if not run_study(study, folder, arms=args.arms, minutes=args.minutes, progress=progress(args)):
+        with sigterm_interrupts():
+            finished = run_study(study, folder, arms=args.arms, minutes=args.minutes, progress=progress(args))
+        if not finished:
             say("the study is not finished: run the same command again to resume it")
     from pic_rag.study.report import write_report
 
     print("\n".join(map(str, write_report(folder))))
     return 0
+
+
+def _check_usage(args: argparse.Namespace) -> None:
+    for name in ("out", "arms", "minutes"):
+        if args.report is not None and getattr(args, name) is not None:
+            args.usage_error(f"--report reads what was measured: leave --{name} out")

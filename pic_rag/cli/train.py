@@ -25,19 +25,23 @@ def add_parser(commands: Commands) -> None:
         "--finish", action="store_true", help="end the run within --minutes: cut or extend its last stages to fit"
     )
     parser.add_argument("--out", metavar="DIR", help="folder of the run, in place of the configuration's")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, usage_error=parser.error)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train."""
+    if args.finish and args.minutes is None:
+        args.usage_error("--finish must come with --minutes, the time there is")
     from accelerate import PartialState
 
+    from pic_rag.training.guards import sigterm_interrupts
     from pic_rag.training.loop import train
 
     overrides = {} if args.out is None else {"out": args.out}
     config = TrainConfig.load(find_config(args.config), **overrides)
     calm_libraries(bars=show_bars(args))
-    folder = train(config, minutes=args.minutes, finish=args.finish, progress=progress(args))
+    with sigterm_interrupts():
+        folder = train(config, minutes=args.minutes, finish=args.finish, progress=progress(args))
     if PartialState().is_main_process:
         print(folder)
     return 0

@@ -46,9 +46,10 @@ class Measured:
         require_whole("offset", self.offset, 0)
         if self.limit is not None:
             require_whole("limit", self.limit, 1)
+        if self.ratios == ():
+            raise ValueError("ratios must hold at least one ratio, got none.")
         for name in ("ratios", "answer_steps"):
-            for value in getattr(self, name):
-                require_whole(f"each of {name}", value, 1)
+            _require_each(name, getattr(self, name), 1)
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,9 @@ class StudyConfig:
             raise ValueError(f"arms must be a mapping of names to changed fields, got {self.arms!r}.")
         for name, changed in {"train": self.train, **self.arms}.items():
             _check_changes(name, changed)
+        _require_each("seeds", self.seeds, 0)
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different whole numbers, got {self.seeds!r}.")
-        for seed in self.seeds:
-            require_whole("each of seeds", seed, 0)
         if self.reference is not None and self.reference not in self.arms:
             raise ValueError(f"reference must be one of {', '.join(self.arms)}, got {self.reference!r}.")
 
@@ -107,6 +107,7 @@ class StudyConfig:
     def training(self, arm: str, seed: int, folder: Path) -> TrainConfig:
         """The training run of an arm and a seed, below the study's folder."""
         base = read_yaml(find_config(self.base))
+        _check_pic(self.base, base)
         changed = (base, self.train, self.arms[arm])
         pic = {name: value for part in changed for name, value in (part.get("pic") or {}).items()}
         merged = {name: value for part in changed for name, value in part.items()} | {"pic": pic, "seed": seed}
@@ -135,6 +136,19 @@ def _check_changes(name: object, changed: object) -> None:
     for field in _OWN:
         if field in changed:
             raise ValueError(f"{name} must leave {field} to the study, got {changed[field]!r}. Remove it.")
+    _check_pic(name, changed)
+
+
+def _check_pic(name: str, changed: Mapping[str, Any]) -> None:
+    if not isinstance(changed.get("pic"), Mapping | None):
+        raise ValueError(f"pic of {name} must be a mapping of PicConfig's fields, got {changed['pic']!r}.")
+
+
+def _require_each(name: str, values: Any, least: int) -> None:  # noqa: ANN401 - whatever the file holds
+    if not isinstance(values, (list, tuple)):
+        raise ValueError(f"{name} must be a list of whole numbers, got {values!r}.")
+    for value in values:
+        require_whole(f"each of {name}", value, least)
 
 
 def _build(cls: type[Any], values: Mapping[str, Any]) -> Any:  # noqa: ANN401 - an instance of the class

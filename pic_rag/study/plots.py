@@ -43,8 +43,11 @@ def draw_quality(results: Results) -> Figure:
     """
     figure = _figure(6.0, 4.0)
     axes = figure.subplots()
-    for arm, own in results.runs.items():
-        scores = [{line["ratio"]: 100 * line["f1"] for line in run.final("pic")} for run in own if run.finished]
+    arms = {
+        arm: [{line["ratio"]: 100 * line["f1"] for line in run.final("pic")} for run in own if run.finished]
+        for arm, own in results.runs.items()
+    }
+    for arm, scores in arms.items():
         _draw_band(axes, arm, scores, "o")
     bounds: dict[str, dict[int, float]] = {}
     for line in results.bounds:
@@ -55,7 +58,8 @@ def draw_quality(results: Results) -> Figure:
         axes.plot(list(shown), list(shown.values()), **_BOUND_STYLE)
         end = (max(shown), shown[max(shown)])
         axes.annotate(system, end, textcoords="offset points", xytext=(0, 3), ha="right", fontsize=8, color="#555555")
-    axes.set_xscale("log", base=2)
+    if bounds or any(arms.values()):  # of nothing there is no logarithm
+        axes.set_xscale("log", base=2)
     axes.set_xticks(results.study.measured.ratios, list(map(str, results.study.measured.ratios)))
     axes.set_xlabel("text tokens per memory token")
     axes.set_ylabel("F1, per cent")

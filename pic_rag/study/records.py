@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pic_rag.study.config import StudyConfig, run_name
+from pic_rag.training.lines import read_lines
 
 STUDY_FILE = "study.yaml"
 METRICS_FOLDER = "metrics"
@@ -28,16 +28,18 @@ class Run:
         losses: `step`, `seconds`, `ratio`, `loss`, `kl`, `accuracy` on the answers' tokens, `text_loss` and
             `text_accuracy` on the documents', in the order of training.
         answers: `step`, `seconds` and the fields of `pic_rag.evaluation.runner.Row`, likewise.
+        whole: False where the last line was cut while it was written.
     """
 
     head: Line
     losses: list[Line]
     answers: list[Line]
+    whole: bool = True
 
     @property
     def finished(self) -> bool:
-        """Whether there are answers of the last step."""
-        return bool(self.final("pic"))
+        """Whether there are all answers of the last step."""
+        return self.whole and bool(self.final("pic"))
 
     def final(self, system: str) -> list[Line]:
         """The answers of a system after the last step, a line for each ratio."""
@@ -75,20 +77,22 @@ def read_results(folder: str | Path) -> Results:
 
     Raises:
         FileNotFoundError: when the folder holds no study.
+        ValueError: when a file of it is damaged.
     """
     folder = Path(folder)
     study = StudyConfig.load(folder / STUDY_FILE)
     runs = {arm: [read_run(metrics_path(folder, arm, seed)) for seed in study.seeds] for arm in study.arms}
-    return Results(study, runs, _lines(folder / METRICS_FOLDER / BOUNDS_FILE))
+    return Results(study, runs, read_lines(folder / METRICS_FOLDER / BOUNDS_FILE))
 
 
 def read_run(path: Path) -> Run:
     """A metrics file; an empty run when there is none yet."""
-    head, *lines = _lines(path) or [{}]
+    head, *lines = read_lines(path) or [{}]
     return Run(
         head,
         [line for line in lines if "system" not in line],
         [line for line in lines if "system" in line],
+        whole=not path.exists() or path.read_bytes().endswith(b"\n"),
     )
 
 
@@ -108,8 +112,3 @@ def reached(curve: Curve, goal: float, *, rising: bool) -> tuple[int, float] | N
         if value == goal or (value > goal) is rising:
             return step, seconds
     return None
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    return [json.loads(line) for line in text.splitlines()]

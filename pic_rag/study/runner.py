@@ -20,8 +20,10 @@ from pic_rag.study.config import Measured, StudyConfig
 from pic_rag.study.records import BOUNDS_FILE, METRICS_FOLDER, STUDY_FILE, metrics_path, read_run
 from pic_rag.study.watch import Watch, answer_line, answers
 from pic_rag.training.config import TrainConfig, from_demo
+from pic_rag.training.guards import sole_writer
+from pic_rag.training.lines import begin_lines, write_lines
 from pic_rag.training.loop import COMPRESSOR_FOLDER, Trainer
-from pic_rag.training.metrics import begin_lines, versions
+from pic_rag.training.metrics import versions
 
 logger = logging.getLogger(__name__)
 
@@ -48,27 +50,31 @@ def run_study(
         Whether every run of these arms is finished.
 
     Raises:
-        ValueError: when an arm is none of the study's, a run in `folder` was made with another configuration, or a
-            ratio is not served by an arm.
+        ValueError: when an arm is none of the study's, a run in `folder` was made with another configuration or is
+            being trained by another process, a ratio is not served by an arm, or a question has no document.
     """
     folder = Path(folder)
+    if arms is not None and not arms:
+        raise ValueError(f"arms must be some of {', '.join(study.arms)}, got none.")
     for arm in arms or ():
         if arm not in study.arms:
             raise ValueError(f"arms must be some of {', '.join(study.arms)}, got {arm!r}.")
-    runs = [(arm, seed) for arm, seed in study.runs if arms is None or arm in arms]
-    configs = {(arm, seed): study.training(arm, seed, folder) for arm, seed in runs}
+    configs = {(arm, seed): study.training(arm, seed, folder) for arm, seed in study.runs}
+    heads = {run: _head(*run, config, study.measured) for run, config in configs.items()}
     questions = _questions(study.measured)
+    for run, head in heads.items():
+        _check_same(metrics_path(folder, *run), head)
     _prepare(folder, study)
+    runs = [(arm, seed) for arm, seed in study.runs if arms is None or arm in arms]
     stop = None if minutes is None else time.monotonic() + 60 * minutes
-    for (arm, seed), config in configs.items():
+    for arm, seed in runs:
         left = None if stop is None else (stop - time.monotonic()) / 60
         if left is not None and left <= 0:
             return False
         path = metrics_path(folder, arm, seed)
-        head = _head(arm, seed, config, study.measured)
-        _check_same(path, head)
         if not read_run(path).finished:
             logger.info("study: arm %s, seed %d", arm, seed)
+            config, head = configs[arm, seed], heads[arm, seed]
             bounds = study.measured.bounds if arm == next(iter(study.arms)) else ()  # once, also beside other processes
             _train(study.measured, bounds, questions, config, path, head, left, progress)
     return all(read_run(metrics_path(folder, arm, seed)).finished for arm, seed in runs)
@@ -86,18 +92,20 @@ def _train(
 ) -> None:
     """One run, from where it stands."""
     torch.compiler.reset()  # arms differ in depth: what was compiled for the last one is of no use
-    trainer = Trainer(config, Accelerator())
-    begin_lines(path, head, trainer.step)
-    bounds_path = path.with_name(BOUNDS_FILE)
-    if bounds and not bounds_path.exists():
-        compressor = trainer.out / COMPRESSOR_FOLDER
-        trainer.export(compressor)
-        rows = answers(measured, questions, bounds, compressor, trainer, progress)
-        bounds_path.write_text("".join(json.dumps(answer_line(row)) + "\n" for row in rows), encoding="utf-8")
-    watch = Watch(measured, questions, trainer, path, progress)
-    if not trainer.step:
+    accelerator = Accelerator()
+    with sole_writer(Path(config.out), main_process=accelerator.is_main_process):
+        trainer = Trainer(config, accelerator)
+        begin_lines(path, head, trainer.step - 1)  # what is due where it stands is measured now, perhaps once more
+        bounds_path = path.with_name(BOUNDS_FILE)
+        if bounds and not bounds_path.exists():
+            compressor = trainer.out / COMPRESSOR_FOLDER
+            trainer.export(compressor)
+            rows = answers(measured, questions, bounds, compressor, trainer, progress)
+            write_lines(bounds_path, *map(answer_line, rows))
+        watch = Watch(measured, questions, trainer, path, progress)
         watch(trainer)
-    trainer.run(minutes, progress, watch)
+        if trainer.step < config.steps:
+            trainer.run(minutes, progress, watch)
 
 
 def _questions(measured: Measured) -> list[Question]:
@@ -105,6 +113,12 @@ def _questions(measured: Measured) -> list[Question]:
     questions = pick(source, every=measured.every, offset=measured.offset, limit=measured.limit)
     if not questions:
         raise ValueError(f"measured must leave at least one question of {measured.data!r}, got none.")
+    for question in questions:
+        if not any(context.document.strip() for context in question.contexts):
+            raise ValueError(
+                f"contexts must hold a document with text, got none of question {question.id!r} in {measured.data!r}. "
+                "Correct the file, or leave the question out by every, offset or limit."
+            )
     return questions
 
 

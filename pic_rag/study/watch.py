@@ -14,8 +14,8 @@ from pic_rag.evaluation.runner import Row, evaluate
 from pic_rag.questions import Question
 from pic_rag.study.config import Measured
 from pic_rag.training.batch import Batch, build_batches
+from pic_rag.training.lines import append_lines
 from pic_rag.training.loop import COMPRESSOR_FOLDER, Trainer
-from pic_rag.training.metrics import append_lines
 from pic_rag.training.objective import Objective
 
 

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from pic_rag.models.backbone import ModelRef, generator_id, plain_id
 from pic_rag.models.checkpoint import READER_FOLDER, Checkpoint
-
-_READER_WEIGHTS = "adapter_model.safetensors"
+from pic_rag.training.guards import require_finite
+from pic_rag.training.start import READER_WEIGHTS
 
 
 def average(compressors: Sequence[str | Path], out: str | Path) -> Path:
@@ -32,11 +32,36 @@ def average(compressors: Sequence[str | Path], out: str | Path) -> Path:
 
     Raises:
         FileNotFoundError: when there is no such compressor.
-        ValueError: when there are fewer than two, or they differ in more than the values of their weights.
+        ValueError: when there are fewer than two, they differ in more than the values of their weights, or one of
+            them has weights that are not finite.
     """
     if len(compressors) < 2:
         raise ValueError(f"compressors must be two or more to be averaged, got {len(compressors)}. Name another one.")
     parts = [Checkpoint.load(name) for name in compressors]
+    first = parts[0]
+    _check_alike(compressors, parts)
+    readers = [part.reader for part in parts if part.reader is not None]
+    read = [load_file(folder / READER_WEIGHTS) for folder in readers]
+    for name, part in zip(compressors, parts, strict=True):
+        require_finite(str(name), part.weights)
+    for folder, weights in zip(readers, read, strict=True):
+        require_finite(str(folder), weights)
+    mean = _mean([part.weights for part in parts])
+    with tempfile.TemporaryDirectory() as staging:
+        reader, generator = None, first.generator
+        if readers:
+            reader = Path(staging, READER_FOLDER)
+            shutil.copytree(readers[0], reader, copy_function=shutil.copyfile)
+            merged = _mean(read)
+            save_file(merged, reader / READER_WEIGHTS, metadata={"format": "pt"})
+            identity = generator_id(plain_id(generator.id), reader, first.config.generator_positions)
+            generator = ModelRef(generator.name, identity)
+        Checkpoint(first.config, first.base, generator, mean, reader).save(out)
+    return Path(out)
+
+
+def _check_alike(compressors: Sequence[str | Path], parts: Sequence[Checkpoint]) -> None:
+    """Refuse compressors of other settings or models than those of the first, and a reader where another has none."""
     first = parts[0]
     for name, part in zip(compressors, parts, strict=True):
         for field, expected, got in (
@@ -55,18 +80,6 @@ def average(compressors: Sequence[str | Path], out: str | Path) -> Path:
             f"compressors must all have a reader or none to be averaged, got {len(readers)} of {len(parts)} that do. "
             "Average checkpoints of one run."
         )
-    weights = _mean([part.weights for part in parts])
-    with tempfile.TemporaryDirectory() as staging:
-        reader, generator = None, first.generator
-        if readers:
-            reader = Path(staging, READER_FOLDER)
-            shutil.copytree(readers[0], reader, copy_function=shutil.copyfile)
-            merged = _mean([load_file(folder / _READER_WEIGHTS) for folder in readers])
-            save_file(merged, reader / _READER_WEIGHTS, metadata={"format": "pt"})
-            identity = generator_id(plain_id(generator.id), reader, first.config.generator_positions)
-            generator = ModelRef(generator.name, identity)
-        Checkpoint(first.config, first.base, generator, weights, reader).save(out)
-    return Path(out)
 
 
 def _mean(parts: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

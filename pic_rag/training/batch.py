@@ -13,8 +13,9 @@ from torch.utils.data import Dataset
 
 from pic_rag.layout import Layout, RowsFullError, arrange, build_layout
 from pic_rag.mask import Places
+from pic_rag.training.chat import MEMORY, Dialogue
 from pic_rag.training.config import Stage, TrainConfig
-from pic_rag.training.examples import MEMORY, Dialogue, Example, ExampleFactory, Ratios
+from pic_rag.training.examples import Example, ExampleFactory, Ratios
 
 _MOST_DRAWS = 1000  # examples too long for a row, or without a memory, before a run gives up
 

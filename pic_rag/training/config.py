@@ -180,7 +180,8 @@ class TrainConfig:
             raise ValueError(f"slots_per_chunk must be a list of whole numbers, got {self.slots_per_chunk!r}.")
         for count in self.slots_per_chunk:
             require_whole("slots_per_chunk", count, 1)
-        if self.questions != {} and not are_weights(self.questions):
+        named = are_weights(self.questions) and all(isinstance(name, str) for name in self.questions)
+        if self.questions != {} and not named:
             raise ValueError(f"questions must be a mapping of files to weights, got {self.questions!r}.")
 
     def _check_sources(self) -> None:
@@ -258,10 +259,12 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: when there is no such file.
-        ValueError: when it is no YAML mapping.
+        ValueError: when it is no YAML mapping, or not UTF-8.
     """
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8, got: {error}. Convert the file.") from error
     except yaml.YAMLError as error:
         raise ValueError(f"{path} must be YAML, got: {error}.") from error
     if not isinstance(values, dict):

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, lru_cache
@@ -129,7 +129,7 @@ def read_questions(source: str) -> Iterator[Record]:
 
 
 def _record(row: Row) -> Record:
-    """A question with the contexts that hold text: with none of them where the gold ones do not."""
+    """A question and those of its contexts that hold text; none of them where no gold one does."""
     asked = Question.from_row(row)
     for answer in asked.answers:
         check_unicode(f"{row.where}: answers", answer)
@@ -151,10 +151,10 @@ def _held_out_texts(source: str) -> Iterator[str]:
         yield from read_texts(source)
         return
     for values, where in read_rows(source):
-        texts = [(name, values[name]) for name in ("text", "question") if name in values]
+        texts: list[tuple[str, Any]] = [(name, values[name]) for name in ("text", "question") if name in values]
         contexts = values.get("contexts") or []
         for context in contexts if isinstance(contexts, list) else [contexts]:
-            texts.append(("contexts", context.get("text") if isinstance(context, Mapping) else None))
+            texts.append(("contexts", context.get("text") if isinstance(context, dict) else None))
         for name, text in texts:
             if not isinstance(text, str):
                 rule = 'a list of {"text"} with strings' if name == "contexts" else "a string"
@@ -298,7 +298,7 @@ def _training_records(source: str, held_out: set[str]) -> Iterator[Record]:
     logger.info("%s: %d questions kept for training, %s", source, kept, why)
     if not kept:
         raise ValueError(
-            f"questions must hold at least one question with an answer and a document that is not held out, got none "
+            "questions must hold at least one question with an answer and a document that is not held out, got none "
             f"in {source}: {why}. Name other questions, or take the file that they share words with out of held_out."
         )
 

@@ -1,4 +1,4 @@
-"""Training examples: what the encoder compresses, and what the generator reads and has to say.
+"""Training examples: which documents the encoder compresses, and what is asked about them.
 
 An example is drawn from a random generator, so the same seed and step give the same example on any machine.
 """
@@ -6,41 +6,21 @@ An example is drawn from a random generator, so the same seed and step give the 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 
-from pic_rag.chunking import Segment, fold, place_slots, token_windows
-from pic_rag.handles import escape_handles, split_handles
-from pic_rag.prompts import INSTRUCTION, rag_messages, repeat_messages
+from pic_rag.chunking import Segment, fold, place_slots
+from pic_rag.handles import escape_handles
+from pic_rag.prompts import rag_messages
 from pic_rag.questions import Question
+from pic_rag.training.chat import MEMORY, SHAPE_WEIGHTS, Chat, Dialogue, PromptShape, Spans, placeholder
 from pic_rag.training.config import TrainConfig
 from pic_rag.training.corpora import Asked, QuestionTable, TokenTable
 
-MEMORY = -1  # stands in a sequence where a memory token goes
-Messages = list[dict[str, str]]
-Spans = list[tuple[str, bool]]  # text of a rendered chat, and whether the generator has to say it
 Ratios = Mapping[int, float]
-PromptShape = Callable[[str, Sequence[str]], Messages]
-
-
-@dataclass(frozen=True, eq=False)
-class Dialogue:
-    """What the generator reads: `(tokens,)` ids with MEMORY where memory tokens go, and which it has to predict."""
-
-    ids: np.ndarray
-    is_target: np.ndarray
-
-    @classmethod
-    def join(cls, pieces: Sequence[tuple[np.ndarray, bool]]) -> Dialogue:
-        """Put `(ids, is_target)` pieces behind one another."""
-        ids = np.concatenate([piece for piece, _ in pieces])
-        return cls(ids, np.concatenate([np.full(len(piece), target) for piece, target in pieces]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,55 +54,6 @@ class Example:
         return max(*self.places[1:], *(segment.places for segment in self.segments))
 
 
-def _plain(question: str, passages: Sequence[str]) -> Messages:
-    return [{"role": "user", "content": "\n\n".join([*passages, question])}]
-
-
-def _context_then_question(question: str, passages: Sequence[str]) -> Messages:
-    context = "\n\n".join(passages)
-    return [{"role": "user", "content": f"Context:\n{context}\n\nQuestion: {question}\nAnswer:"}]
-
-
-def _framework(question: str, passages: Sequence[str]) -> Messages:
-    context = "\n\n".join(passages)
-    asked = (
-        "Context information is below.\n---------------------\n"
-        f"{context}\n---------------------\n"
-        "Given the context information and not prior knowledge, answer the query.\n"
-        f"Query: {question}\nAnswer: "
-    )
-    return [{"role": "user", "content": asked}]
-
-
-def _system(question: str, passages: Sequence[str]) -> Messages:
-    context = "\n\n".join(passages)
-    system = f"You are an assistant for question-answering tasks. Use the context to answer.\n\n{context}"
-    return [{"role": "system", "content": system}, {"role": "user", "content": question}]
-
-
-def _question_first(question: str, passages: Sequence[str]) -> Messages:
-    context = "\n".join(f"- {passage}" for passage in passages)
-    return [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}\n\n{context}"}]
-
-
-PROMPT_SHAPES: tuple[tuple[float, PromptShape], ...] = (
-    (0.5, rag_messages),
-    (0.1, _plain),
-    (0.1, _context_then_question),
-    (0.1, _framework),
-    (0.1, _system),
-    (0.1, _question_first),
-)
-"""Weights and forms of the prompts that the frameworks really send."""
-
-_SHAPE_WEIGHTS = [weight for weight, _ in PROMPT_SHAPES]
-
-
-def _one_message(shape: PromptShape, question: str, passages: Sequence[str]) -> Messages:
-    """A form of prompt for templates without a system role: that message's text comes in front of the user's."""
-    return [{"role": "user", "content": "\n\n".join(message["content"] for message in shape(question, passages))}]
-
-
 class ExampleFactory:
     """Draws examples of each task from tokenised corpora.
 
@@ -134,7 +65,7 @@ class ExampleFactory:
         end_token_ids: tokens at which the generator stops; none given: the tokenizer's special tokens.
 
     Raises:
-        ValueError: when the texts are too short, or the chat template shows no form of prompt as it is.
+        ValueError: when the texts are too short, or the chat template does not show a user's message.
     """
 
     def __init__(
@@ -146,15 +77,14 @@ class ExampleFactory:
         end_token_ids: Collection[int] = (),
     ) -> None:
         self.config = config
-        self.tokenizer = tokenizer
-        self.end_token_ids = end_token_ids or tokenizer.all_special_ids
+        self.chat = Chat(tokenizer, end_token_ids)
         self.texts = texts
         if texts is not None:
             _check_longest(texts, config.text_tokens[0])
         self.questions = list(questions)
         weights = np.array(list(questions.values()), dtype=float)
         self._question_weights = weights / weights.sum() if len(weights) else weights
-        self._shapes = [self._fitted(shape) for _, shape in PROMPT_SHAPES] if self.questions else []
+        self._shapes = self.chat.shapes if self.questions else []
         self._draw: dict[str, Callable[[Ratios, np.random.Generator], Example]] = {
             "reconstruct": self._reconstruct,
             "continue": self._continue,
@@ -167,21 +97,19 @@ class ExampleFactory:
 
     def pose(self, question: Question, ratio: int) -> Example:
         """A question as evaluation asks it: all its documents at one ratio, its first answer, a teacher beside."""
-        documents = [self._document_ids(context.document) for context in question.contexts]
+        documents = [self.chat.document_ids(context.document) for context in question.contexts]
         segments = [self._cut(document, ratio, self.config.pic.slots_per_chunk) for document in documents]
-        messages = rag_messages(
-            escape_handles(question.question), [_handle(number) for number in range(len(documents))]
-        )
-        spans = self._converse(messages, [(question.question, question.answers[0])])
+        messages = rag_messages(escape_handles(question.question), list(map(placeholder, range(len(documents)))))
+        spans = self.chat.converse(messages, [(question.question, question.answers[0])])
         return Example(
             [segment for parts in segments for segment in parts],
-            self._sequence(spans, [_memory_places(parts) for parts in segments]),
-            self._sequence(spans, documents),
+            self.chat.dialogue(spans, [_memory_places(parts) for parts in segments]),
+            self.chat.dialogue(spans, documents),
         )
 
     def repeat(self, document: str, ratio: int) -> Example:
         """A document compressed at a ratio, which the generator has to repeat word by word."""
-        return self._repeat(self._document_ids(document), ratio, self.config.pic.slots_per_chunk)
+        return self._repeat(self.chat.document_ids(document), ratio, self.config.pic.slots_per_chunk)
 
     def token_counts(self, vocabulary: int) -> torch.Tensor:
         """How often each of `(vocabulary,)` tokens occurs in the texts and in the questions' contexts."""
@@ -194,9 +122,7 @@ class ExampleFactory:
 
     def _repeat(self, text: np.ndarray, ratio: int, slots_per_chunk: int) -> Example:
         segments = self._cut(text, ratio, slots_per_chunk)
-        prompt = self._render(repeat_messages(_handle(0)))
-        pieces = self._tokenize(prompt, [_memory_places(segments)])
-        return Example(segments, Dialogue.join([*pieces, (text, True), (self._ids(self._turn_end), True)]))
+        return Example(segments, self.chat.repeat(_memory_places(segments), text))
 
     def _continue(self, ratios: Ratios, random: np.random.Generator) -> Example:
         excerpt = self._excerpt(random, self.config.target_tokens)
@@ -220,12 +146,10 @@ class ExampleFactory:
             parts = self._compress(document, ratios, random)
             segments += parts
             shown.append(_memory_places(parts))
-        shape = self._shapes[random.choice(len(PROMPT_SHAPES), p=_SHAPE_WEIGHTS)]
-        exchanges = [(record.question, record.answers[random.integers(len(record.answers))]) for record in asked]
-        messages = shape(asked[0].question, [_handle(number) for number in range(len(documents))])
-        spans = self._converse(messages, exchanges)
-        teacher = self._sequence(spans, documents) if self.config.distillation else None
-        return Example(segments, self._sequence(spans, shown), teacher)
+        shape = self._shapes[random.choice(len(SHAPE_WEIGHTS), p=SHAPE_WEIGHTS)]
+        spans = self._conversation(asked, shape, len(documents), random)
+        teacher = self.chat.dialogue(spans, documents) if self.config.distillation else None
+        return Example(segments, self.chat.dialogue(spans, shown), teacher)
 
     def _documents(self, asked: Asked, table: QuestionTable, random: np.random.Generator) -> list[int]:
         """The contexts to show, each once: the gold ones, distractors from the record or from neighbouring records."""
@@ -243,72 +167,13 @@ class ExampleFactory:
         near = asked.contexts[0] + random.integers(-8, 9, size=self.config.documents)
         return [row for row in set(near.tolist()) if 0 <= row < len(table.contexts) and row not in asked.contexts]
 
-    def _fitted(self, shape: PromptShape) -> PromptShape:
-        """A form of prompt as the chat template takes it: without a system message where it refuses or drops that."""
-        for form in (shape, partial(_one_message, shape)):
-            with suppress(TemplateError):
-                if self._render(form("?", [_handle(0)])).count(_handle(0)) == 1:
-                    return form
-        raise ValueError(
-            "The chat template of base_model must show a user's message once and as it is, got one that does not. "
-            "Name an instruction-tuned model, or correct tokenizer.chat_template."
-        )
-
-    def _converse(self, messages: Messages, exchanges: Sequence[tuple[str, str]]) -> Spans:
-        """The rendered chat that begins with a prompt, of (question, answer) pairs: every answer is said to its end.
-
-        It is over after the first answer that the template shows otherwise once there is a next question.
-        """
-        spans: Spans = []
-        written = ""
-        prompt = self._render(messages)
-        for turn, (_, answer) in enumerate(exchanges, 1):
-            following = exchanges[turn % len(exchanges)][0]  # after the last answer too: templates then end its turn
-            messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": following}]
-            longer = self._render(messages)
-            said = self._said(prompt, answer, longer)
-            spans += [(prompt.removeprefix(written), False), (said, True)]
-            written = prompt + said
-            if not longer.startswith(written):
-                break
-            prompt = longer
-        return spans
-
-    def _said(self, prompt: str, answer: str, longer: str) -> str:
-        """What a longer chat has behind a prompt, up to the end of the answer's turn; without that, answer and end."""
-        wrote = longer[len(prompt) :] if longer.startswith(prompt) else ""
-        for said in (answer + self._turn_end, answer.strip() + self._turn_end):
-            if said in wrote:
-                return wrote[: wrote.index(said) + len(said)]
-        return answer + self._turn_end
-
-    @cached_property
-    def _turn_end(self) -> str:
-        """What the template writes behind an answer, up to a token at which the generator stops; else `eos_token`."""
-        messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _handle(0)}]
-        tail = str(self.tokenizer.apply_chat_template(messages, tokenize=False)).partition(_handle(0))[2]
-        tokens = filter(None, map(self.tokenizer.decode, self.end_token_ids))
-        ends = [tail.index(token) + len(token) for token in tokens if token in tail]
-        if not ends and self.tokenizer.eos_token is None:
-            raise ValueError(
-                "The chat template of base_model must end an answer with a token at which the generator stops, got "
-                f"{tail!r}. Set tokenizer.eos_token, or eos_token_id in generation_config.json."
-            )
-        return tail[: min(ends)] if ends else str(self.tokenizer.eos_token)
-
-    def _sequence(self, spans: Spans, documents: Sequence[np.ndarray]) -> Dialogue:
-        pieces: list[tuple[np.ndarray, bool]] = []
-        for text, is_target in spans:
-            pieces += [(self._ids(text), True)] if is_target else self._tokenize(text, documents)
-        return Dialogue.join(pieces)
-
-    def _tokenize(self, text: str, documents: Sequence[np.ndarray]) -> list[tuple[np.ndarray, bool]]:
-        """Token ids of a prompt, piece by piece, each handle replaced by what stands for its document."""
-        return [
-            (documents[_number(piece)] if is_handle else self._ids(piece), False)
-            for is_handle, piece in split_handles(text)
-            if piece
-        ]
+    def _conversation(
+        self, asked: list[Asked], shape: PromptShape, documents: int, random: np.random.Generator
+    ) -> Spans:
+        """The rendered chat about so many documents, with one answer to each question."""
+        exchanges = [(record.question, record.answers[random.integers(len(record.answers))]) for record in asked]
+        messages = shape(asked[0].question, list(map(placeholder, range(documents))))
+        return self.chat.converse(messages, exchanges)
 
     def _excerpt(self, random: np.random.Generator, extra_tokens: int) -> np.ndarray:
         """A stretch of a text: log-uniform length within `text_tokens`, plus some, where the text is long enough."""
@@ -340,15 +205,6 @@ class ExampleFactory:
         segments = [place_slots(cut, ratio, slots_per_chunk) for cut in cuts]
         return [part for segment in segments for part in fold(segment)] if pic.foldable else segments
 
-    def _render(self, messages: Messages) -> str:
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-
-    def _document_ids(self, text: str) -> np.ndarray:
-        return np.concatenate([np.empty(0, dtype=np.int64), *token_windows(text, self.tokenizer)])
-
-    def _ids(self, text: str) -> np.ndarray:
-        return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
-
 
 def _check_longest(texts: TokenTable, shortest: int) -> None:
     longest = int(np.diff(texts.ends).max(initial=0))
@@ -357,14 +213,6 @@ def _check_longest(texts: TokenTable, shortest: int) -> None:
             f"texts must hold a text of text_tokens[0]={shortest} tokens or more that is not held out, got {longest} "
             "tokens in the longest. Lower text_tokens or name another corpus."
         )
-
-
-def _handle(number: int) -> str:
-    return f"[[pic:{number:032x}]]"
-
-
-def _number(handle: str) -> int:
-    return int(handle[6:-2], 16)
 
 
 def _memory_places(segments: Sequence[Segment]) -> np.ndarray:

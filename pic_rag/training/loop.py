@@ -2,45 +2,42 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import logging
 import math
-import os
 import tempfile
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from pic_rag.encoder import PicEncoder
-from pic_rag.models.backbone import ModelRef, generator_id, load_backbone
-from pic_rag.models.checkpoint import READER_FOLDER, Checkpoint
-from pic_rag.models.quiet import quiet_loading
+from pic_rag.generation.engine import end_token_ids
+from pic_rag.models.backbone import ModelRef, generator_id
+from pic_rag.models.checkpoint import CONFIG_FILE, READER_FOLDER, Checkpoint
 from pic_rag.training.batch import Batch, StepDataset
 from pic_rag.training.config import TrainConfig
 from pic_rag.training.corpora import Corpora
 from pic_rag.training.examples import ExampleFactory
+from pic_rag.training.guards import are_finite, diverged, ignore_interrupts, sole_writer, whole_step
 from pic_rag.training.metrics import MetricsLog
 from pic_rag.training.objective import Objective
+from pic_rag.training.start import load_base, prepare_generator, save_reader, start_from
+from pic_rag.training.state import ENDLESS, check_same, identity, past, read_state, settled_end, write_state
 
 logger = logging.getLogger(__name__)
 
-STATE_FILE = "training_state.pt"
 METRICS_FILE = "metrics.jsonl"
 COMPRESSOR_FOLDER = "compressor"
 _PACE_STEPS = 100
-_ENDLESS = 2**40  # steps of a run whose end is not known yet
 
 
 def train(
@@ -52,16 +49,22 @@ def train(
         config: the run. Its `out` receives `metrics.jsonl`, `training_state.pt` and `compressor/`.
         minutes: stop after that long, with a checkpoint to resume from.
         finish: end the run within `minutes`: its stages are cut, or the last one extended, so that the learning rate
-            reaches zero when the time is over.
+            reaches zero when the time is over. A run that was cut after its end was settled keeps it.
         progress: False hides the bar; None shows it on a terminal.
 
     Returns:
         The folder of the compressor as trained so far.
 
     Raises:
-        ValueError: when the run in `out` was started with another configuration.
+        ValueError: when `finish` comes without `minutes`, the run in `out` was started with another configuration,
+            another process trains in `out`, or loss or weights are no numbers any more.
+        KeyboardInterrupt: after Ctrl-C; the steps taken are saved.
     """
-    return Trainer(config, Accelerator()).run(minutes, progress, finish=finish)
+    if finish and minutes is None:
+        raise ValueError("finish must come with minutes, the time there is, got none.")
+    accelerator = Accelerator()
+    with sole_writer(Path(config.out), main_process=accelerator.is_main_process):
+        return Trainer(config, accelerator).run(minutes, progress, finish=finish)
 
 
 class Trainer:
@@ -73,19 +76,14 @@ class Trainer:
         self.out = Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
         torch.manual_seed(config.seed)
-        base = load_backbone(
-            config.base_model,
-            device=accelerator.device,
-            dtype="bfloat16" if config.precision == "bf16" else "float32",
-            attn_implementation=config.attn_implementation,
-        )
+        base = load_base(config, accelerator.device)
         self.backbone = base
         self.base = base.ref
         self.encoder = PicEncoder(base.model, config.pic, base.model.get_input_embeddings())
-        self.generator = _prepare_generator(base.model, config)
+        self.generator = prepare_generator(base.model, config)
         self.factory = self._example_factory()
         if config.init_from:
-            self._start_from(config.init_from)
+            start_from(config.init_from, self.base, self.encoder, self.generator)
         elif self.encoder.pool is not None:
             self.encoder.pool.start_at(self.factory.token_counts(len(self.encoder.pool.token_salience)))
         for module in (self.encoder, self.generator):
@@ -100,6 +98,8 @@ class Trainer:
                     layer.compile(dynamic=False if config.rows else None)
         self.step = 0
         self.seconds = 0.0
+        self.given = config  # whose stages may end elsewhere than the run does
+        self.end: int | None = None  # the last step, once `finish` has settled it or it was reached
         self._resume()
 
     def run(
@@ -114,21 +114,21 @@ class Trainer:
 
         `watch` is called after every step, before the step can become a checkpoint; what it takes is not training time.
         """
-        if finish and minutes is not None:
+        if finish and minutes is not None and self.end is None:
             constant = (1 - self.config.decay_share) * minutes
-            self.config = self.config.ending_at(_ENDLESS)  # until it is known how many steps there is time for
+            self.config = self.config.ending_at(ENDLESS)  # until it is known how many steps there is time for
             pace = self._of_main_process(self._run(constant, progress, watch))
-            left = max(1, round(60 * (minutes - constant) / pace))
-            self.config = self.config.ending_at(self.step + left)
+            self.end = self.step + max(1, round(60 * (minutes - constant) / pace))
+            self.config = self.config.ending_at(self.end)
             minutes = 1.1 * (minutes - constant)  # should the pace fall
-        self._run(minutes, progress, watch)
+        if self.step < self.config.steps:
+            self._run(minutes, progress, watch)
+        else:
+            self._say_finished()
         return self.out / COMPRESSOR_FOLDER
 
     def _run(self, minutes: float | None, progress: bool | None, watch: Callable[[Trainer], None] | None) -> float:
         """Train for some minutes at most; returns seconds a step, of the latest steps."""
-        steps = range(self.step, self.config.steps)
-        dataset = StepDataset(self.config, self.factory, self.accelerator.process_index)
-        batches = _loader(dataset, steps, self.config.workers, pin=self.accelerator.device.type == "cuda")
         started = saved = time.monotonic()
         ends: deque[float] = deque([started], maxlen=_PACE_STEPS)
         begin = started - self.seconds  # as if the run had been trained in one go
@@ -136,33 +136,57 @@ class Trainer:
         log = None
         if self.accelerator.is_main_process:
             log = MetricsLog(self.out / METRICS_FILE, self.step, self.seconds, self.config)
-        total = self.config.steps if self.config.steps < _ENDLESS else None
+        total = self.config.steps if self.config.steps < ENDLESS else None
         with tqdm(total=total, initial=self.step, desc="train", disable=hidden or None) as bar:
-            for batch in batches:
-                loss, accuracy, gradient = self._take_step(batch)
-                self.step += 1
-                bar.update()
-                now = time.monotonic()
-                ends.append(now)
-                if log is not None:
-                    log.add(batch, loss, accuracy, gradient, self._rate(self.step - 1))
-                    if self.step % self.config.log_steps == 0 or self.step == self.config.steps:
-                        bar.set_postfix(log.write(self.step, now - begin))
-                if watch is not None:
-                    paused = time.monotonic()
-                    self.seconds = paused - begin
-                    watch(self)
-                    begin += time.monotonic() - paused
-                if now - saved > 60 * self.config.checkpoint_minutes:
-                    self._save(time.monotonic() - begin)
-                    saved = time.monotonic()
-                if minutes is not None and self._of_main_process(now - started > 60 * minutes):
-                    break
-        self.seconds = time.monotonic() - begin
-        self._save(self.seconds)
+            try:
+                for batch in self._batches():
+                    with whole_step():
+                        self._take_step(batch, log)
+                        ends.append(time.monotonic())
+                        self.seconds = ends[-1] - begin
+                        if log is not None and self._is_logged():
+                            bar.set_postfix(log.write(self.step, self.seconds))
+                    bar.update()
+                    if watch is not None:
+                        watch(self)
+                        begin += time.monotonic() - ends[-1]
+                    if ends[-1] - saved > 60 * self.config.checkpoint_minutes:
+                        self._save()
+                        saved = time.monotonic()
+                    if minutes is not None and self._of_main_process(ends[-1] - started > 60 * minutes):
+                        break
+            except KeyboardInterrupt:
+                self._save()
+                raise
+        self._save()
         return (ends[-1] - ends[0]) / max(1, len(ends) - 1)
 
-    def _take_step(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _say_finished(self) -> None:
+        """Leave a finished run as it is; only a compressor that is gone is written again."""
+        left = "nothing is left to do in %s after %d steps: choose another out, or change the stages to go on"
+        logger.warning(left, self.out, self.step)
+        folder = self.out / COMPRESSOR_FOLDER
+        if self.accelerator.is_main_process and not (folder / CONFIG_FILE).exists():
+            self.export(folder)
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batch of every step to come; what a worker fails at is drawn again here, to show the error as it is."""
+        dataset = StepDataset(self.config, self.factory, self.accelerator.process_index)
+        steps = range(self.step, self.config.steps)
+        batches = iter(_loader(dataset, steps, self.config.workers, pin=self.accelerator.device.type == "cuda"))
+        for step in steps:
+            try:
+                batch = next(batches)
+            except Exception as error:
+                error.__traceback__ = None  # it would hold the workers, which then take five seconds to end
+                dataset[step]
+                raise
+            yield batch
+
+    def _is_logged(self) -> bool:
+        return self.step % self.config.log_steps == 0 or self.step == self.config.steps
+
+    def _take_step(self, batch: Batch, log: MetricsLog | None) -> None:
         rate = self._rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
@@ -175,7 +199,9 @@ class Trainer:
         gradient = nn.utils.clip_grad_norm_(self.master, self.config.clip)
         self.optimizer.step()
         self._publish()
-        return loss.detach(), accuracy.detach(), gradient.detach()
+        self.step += 1
+        if log is not None:
+            log.add(batch, loss.detach(), accuracy.detach(), gradient.detach(), rate)
 
     def _of_main_process(self, value: float) -> float:
         """What the main process measured: all devices have to leave the loop at the same step."""
@@ -202,7 +228,8 @@ class Trainer:
             corpora = Corpora(cache, self.backbone.tokenizer, config.held_out)
             texts = corpora.texts(config.texts) if config.texts else None
             questions = {corpora.questions(source): weight for source, weight in config.questions.items()}
-        return ExampleFactory(config, self.backbone.tokenizer, texts, questions)
+        ends = end_token_ids(self.backbone.model, self.backbone.tokenizer)
+        return ExampleFactory(config, self.backbone.tokenizer, texts, questions, ends)
 
     def _groups(self) -> list[dict[str, Any]]:
         """AdamW's parameter groups: LoRA, head (converter, slots, pool), reader; `peak` is the highest rate."""
@@ -224,31 +251,26 @@ class Trainer:
             if part
         ]
 
-    def _start_from(self, folder: str) -> None:
-        start = Checkpoint.load(folder)
-        if start.base.id.rpartition("@")[2] != self.base.id.rpartition("@")[2]:
-            raise ValueError(f"init_from must be a compressor of {self.base.id!r}, got one of {start.base.id!r}.")
-        self.encoder.load_trained_state(start.weights)
-        if start.reader is not None:
-            if not isinstance(self.generator, PeftModel):
-                raise ValueError(f"reader_rank must be above 0: init_from={folder!r} has a reader to go on from.")
-            self.generator.load_adapter(str(start.reader), "default", is_trainable=True)
-
-    def _save(self, seconds: float) -> None:
-        """Write the resumable state and the compressor; each file appears whole."""
+    def _save(self) -> None:
+        """Write the compressor and the resumable state; each file appears whole, and what diverged does not."""
         if not self.accelerator.is_main_process:
             return
+        if not are_finite(self.master):
+            raise diverged("weights", self.step, self.config)
+        self.export(self.out / COMPRESSOR_FOLDER)
+        finished = self.step == self.config.steps
+        end = self.config.steps if finished or self.end is not None else None
         state = {
             "step": self.step,
-            "seconds": seconds,
-            "config": _identity(self.config),
-            "stages": _past(self.config, self.step),
+            "seconds": self.seconds,
+            "config": identity(self.config),
+            "base": self.base.id,
+            "stages": past(self.config, self.step),
+            "end": None if end is None else {"step": end, "stages": past(self.given)},
             "trained": self.master,
             "optimizer": self.optimizer.state_dict(),
         }
-        torch.save(state, self.out / f"{STATE_FILE}.part")
-        os.replace(self.out / f"{STATE_FILE}.part", self.out / STATE_FILE)
-        self.export(self.out / COMPRESSOR_FOLDER)
+        write_state(self.out, state)
 
     def export(self, folder: Path) -> None:
         """Write the compressor in bfloat16, and the reader as a peft adapter beside it."""
@@ -259,28 +281,19 @@ class Trainer:
         with tempfile.TemporaryDirectory(dir=self.out) as staging:
             if isinstance(self.generator, PeftModel):
                 reader = Path(staging, READER_FOLDER)
-                _save_reader(self.generator, reader, self.base.name)
+                save_reader(self.generator, reader, self.base.name)
             identity = generator_id(self.base.id, reader, self.config.pic.generator_positions)
             generator = ModelRef(self.base.name, identity)
             Checkpoint(self.config.pic, self.base, generator, weights, reader).save(folder)
 
     def _resume(self) -> None:
-        path = self.out / STATE_FILE
-        if not path.exists():
+        state = read_state(self.out, self.accelerator.device)
+        if state is None:
             return
-        state = torch.load(path, map_location=self.accelerator.device, weights_only=True)
-        if state["config"] != _identity(self.config):
-            raise ValueError(
-                f"out must be a new folder or hold the same run, got {str(self.out)!r} with another configuration. "
-                "Choose another folder, or delete this one."
-            )
-        config = self.config.ending_at(max(self.config.steps, state["step"]))  # `finish` may have extended the run
-        past = state.get("stages", _past(config, state["step"]))  # a state of an older pic-rag does not say
-        if past != _past(config, state["step"]):
-            raise ValueError(
-                f"stages must begin with the {state['step']} steps that the run in {str(self.out)!r} has taken, got "
-                f"other ones. They were: {past}. Put what is to change into steps after those, or choose another out."
-            )
+        check_same(state, self.config, self.base)
+        self.end = settled_end(state, self.config)
+        if self.end is not None:
+            self.config = self.config.ending_at(self.end)
         for master, saved in zip(self.master, state["trained"], strict=True):
             master.copy_(saved)
         self._publish()
@@ -293,45 +306,14 @@ def _trainable(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
-def _prepare_generator(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel | PeftModel:
-    model.requires_grad_(False)
-    if not config.reader_rank:
-        return model
-    lora = LoraConfig(
-        r=config.reader_rank,
-        lora_alpha=config.reader_rank,
-        target_modules="all-linear",
-        lora_dropout=0.0,
-        task_type="CAUSAL_LM",
-    )
-    with quiet_loading():
-        return get_peft_model(model, lora)
-
-
-def _save_reader(generator: PeftModel, folder: Path, base: str) -> None:
-    generator.peft_config["default"].base_model_name_or_path = base  # else a path of this machine
-    generator.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty model card; the compressor's speaks for both
-
-
 def _loader(dataset: StepDataset, steps: range, workers: int, *, pin: bool) -> DataLoader[Batch]:
     prefetch = 2 if workers else None
     return DataLoader(
-        dataset, batch_size=None, sampler=steps, num_workers=workers, prefetch_factor=prefetch, pin_memory=pin
+        dataset,
+        batch_size=None,
+        sampler=steps,
+        num_workers=workers,
+        prefetch_factor=prefetch,
+        pin_memory=pin,
+        worker_init_fn=ignore_interrupts,
     )
-
-
-def _past(config: TrainConfig, step: int) -> list[dict[str, Any]]:
-    """The stages up to a step, as JSON types: what a resumed run must have begun with."""
-    past: list[dict[str, Any]] = []
-    for stage in config.stages:
-        if step > 0:
-            past.append({**dataclasses.asdict(stage), "steps": min(stage.steps, step)})
-        step -= stage.steps
-    return json.loads(json.dumps(past))
-
-
-def _identity(config: TrainConfig) -> dict[str, Any]:
-    """What must stay the same in a resumed run, besides the stages of the steps taken, and but for how it is logged."""
-    free = ("stages", "out", "checkpoint_minutes", "log_steps", "workers", "cache", "compile")
-    return {name: value for name, value in json.loads(json.dumps(config.to_dict())).items() if name not in free}

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import math
 import platform
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import peft
 import torch
@@ -14,6 +12,8 @@ import transformers
 
 from pic_rag.training.batch import Batch
 from pic_rag.training.config import TrainConfig
+from pic_rag.training.guards import diverged
+from pic_rag.training.lines import append_lines, begin_lines
 
 
 class MetricsLog:
@@ -22,6 +22,7 @@ class MetricsLog:
     def __init__(self, path: Path, step: int, seconds: float, config: TrainConfig) -> None:
         """Begin at a step, after so many seconds of training."""
         self.path = path
+        self.config = config
         self.seconds = seconds
         begin_lines(path, {"config": config.to_dict(), "versions": versions()}, step)
         self._clear()
@@ -37,13 +38,19 @@ class MetricsLog:
         self.tokens += batch.layout.token_ids.numel() + batch.reads.ids.numel()
 
     def write(self, step: int, seconds: float) -> dict[str, float]:
-        """Write the means since the last line; returns its losses and accuracies."""
+        """Write the means since the last line; returns its losses and accuracies.
+
+        Raises:
+            ValueError: when one of them is no number; nothing is written.
+        """
         line: dict[str, float] = {"step": step, "seconds": round(seconds, 1), "rate": self.rate}
         line["gradient_norm"] = torch.stack(self.gradients).mean().item()
         line["tokens_per_second"] = self.tokens / max(seconds - self.seconds, 1e-9)
         for task, losses in self.losses.items():
             line[f"{task}_loss"] = torch.stack(losses).mean().item()
             line[f"{task}_accuracy"] = torch.stack(self.accuracies[task]).mean().item()
+        if not all(map(math.isfinite, line.values())):
+            raise diverged("loss and gradient norm", step, self.config)
         append_lines(self.path, line)
         self.seconds = seconds
         self._clear()
@@ -55,21 +62,6 @@ class MetricsLog:
         self.gradients: list[torch.Tensor] = []
         self.rate = 0.0
         self.tokens = 0
-
-
-def begin_lines(path: Path, head: Mapping[str, Any], step: int) -> None:
-    """Start a file of lines at a step: lines of later steps, from a run that was killed, are dropped."""
-    kept = path.read_text(encoding="utf-8").splitlines()[1:] if step else []
-    lines = [json.dumps(head), *(line for line in kept if json.loads(line)["step"] <= step)]
-    part = path.with_name(f"{path.name}.part")
-    part.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    part.replace(path)
-
-
-def append_lines(path: Path, *lines: Mapping[str, Any]) -> None:
-    """Add JSON objects to a file of lines, in one go."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def versions() -> dict[str, str]:

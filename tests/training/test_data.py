@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import os
+import re
+
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from training_runs import TEXT, make_config, write_rows
+from training_runs import TEXT, make_config, make_factory, memory_places, write_rows
 
 from pic_rag.questions import read_questions as read_eval_questions
 from pic_rag.training.batch import StepDataset, build_batches
 from pic_rag.training.corpora import (
     Corpora,
+    QuestionTable,
+    Record,
     _training_records,
     content_hash,
     held_out_hashes,
+    read_questions,
     read_texts,
 )
+from pic_rag.training.examples import ExampleFactory
 from pic_rag.training.loop import Trainer, train
 from pic_rag.training.synthetic import passages
 
@@ -82,6 +90,121 @@ def test_rows_that_hold_no_example_are_an_error_and_no_endless_search(data, tmp_
         train(config, progress=False)
 
 
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+GEMMA = (
+    "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<start>{{ 'model' if m['role'] == 'assistant' else 'user' }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start>model\n{% endif %}"
+)
+MISTRAL = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{{ ' ' + m['content'] + '</s>' }}"
+    "{% elif m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}{% endif %}{% endfor %}"
+)
+QWEN3 = (  # an answer that is the last message is shown with an empty thought
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+    "{{ '<think></think>' if loop.last and m['role'] == 'assistant' }}{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+REWRITES = "{% for m in messages %}{{ m['role'] ~ messages | length }}: {{ m['content'] }}</s>\n{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("template", "eos", "stops", "targets"),
+    [
+        (CHATML, "<|im_end|>", [], ["1900 <|im_end|>"] * 2),
+        (CHATML, "</s>", [], ["1900 <|im_end|>"] * 2),
+        (CHATML, "</s>", ["</s>"], ["1900 </s>"]),
+        (CHATML.replace("m['content']", "m['content'] | trim"), "<|im_end|>", [], ["1900<|im_end|>"] * 2),
+        (QWEN3, "<|im_end|>", [], ["1900 <|im_end|>"] * 2),
+        (GEMMA, "<eos>", ["<eos>", "<end_of_turn>"], ["1900<end_of_turn>"] * 2),
+        (MISTRAL, "</s>", [], [" 1900 </s>"] * 2),
+        (REWRITES, "</s>", [], ["1900 </s>"]),
+    ],
+    ids=["ChatML", "its own end", "no stop at its end", "trim", "thinks", "Gemma", "Mistral", "rewrites its history"],
+)
+def test_an_answer_ends_as_the_chat_template_ends_it(tmp_path, tiny_tokenizer, template, eos, stops, targets):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    ends = ["<|im_end|>", "<end_of_turn>", "<eos>", "</s>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": ends, "eos_token": eos})
+    tokenizer.chat_template = template
+    contexts = [{"text": "The mill was built in 1900."}]
+    rows = [{"question": asked, "answers": ["1900 "], "contexts": contexts} for asked in ("When?", "Which year?")]
+    end_token_ids = tokenizer.convert_tokens_to_ids(stops)
+    factory = make_factory(tmp_path, tokenizer, rows, end_token_ids, distillation=1.0)
+    random = np.random.default_rng(0)
+    for _ in range(30):  # prompts of every form
+        example = factory.draw("questions", {4: 1.0}, random)
+        assert memory_places(example.reads) == sum(len(segment.chunk) for segment in example.segments) > 0
+        for said in (example.reads, example.teacher):
+            assert tokenizer.decode(said.ids[said.is_target]) == "".join(targets)
+    posed = factory.pose(next(read_eval_questions(tmp_path / "questions.jsonl")), 4).reads
+    assert tokenizer.decode(posed.ids[posed.is_target]) == targets[0]
+
+
+def test_every_question_of_a_conversation_has_its_gold_document_shown(tmp_path, tiny_tokenizer):
+    texts = [f"Farm {number} is old." for number in range(5)]
+    rows = [
+        {
+            "question": f"How old is number {asked}?",
+            "answers": ["old"],
+            "contexts": [{"text": text, "is_gold": number == asked} for number, text in enumerate(texts)],
+        }
+        for asked in range(5)
+    ]
+    factory = make_factory(tmp_path, tiny_tokenizer, rows, documents=5, distillation=1.0)
+    random = np.random.default_rng(0)
+    turns = []
+    for _ in range(60):
+        chat = tiny_tokenizer.decode(factory.draw("questions", {4: 1.0}, random).teacher.ids)
+        asked = re.findall(r"number (\d)", chat)
+        turns.append(len(asked))
+        assert set(asked) <= set(re.findall(r"Farm (\d)", chat))
+    assert set(turns) == {1, 2, 3, 4}
+
+
+def test_no_document_is_shown_twice(tmp_path, tiny_tokenizer):
+    rows = [
+        {
+            "question": "Which?",
+            "answers": ["both"],
+            "contexts": [{"text": f"{name} {row}.", "is_gold": True} for name in ("alpha", "beta", "beta")],
+        }
+        for row in range(8)
+    ]
+    fields = {"documents": 5, "distractor_share": 1.0, "distillation": 1.0}
+    factory = make_factory(tmp_path, tiny_tokenizer, rows, **fields)
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        chat = tiny_tokenizer.decode(factory.draw("questions", {4: 1.0}, random).teacher.ids)
+        shown = re.findall(r"(?:alpha|beta) \d", chat)
+        assert len(set(shown)) == len(shown) >= 2
+
+
+def test_blank_answers_and_contexts_are_left_out_of_training(tmp_path, tiny_tokenizer):
+    contexts = [{"text": " "}, {"title": "Mill", "text": "Built in 1900.", "is_gold": True}]
+    lost = [{"text": "", "is_gold": True}, {"text": "The answer is not here."}]
+    rows = [
+        {"question": "When?", "answers": ["", "1900"], "contexts": contexts},
+        {"question": "Why?", "answers": [" "], "contexts": contexts},
+        {"question": "Where?", "answers": ["here"], "contexts": lost},
+    ]
+    [[asked]] = make_factory(tmp_path, tiny_tokenizer, rows).questions[0].groups
+    assert (asked.question, asked.answers, asked.contexts, asked.gold) == ("When?", ["1900"], [0], [0])
+    with pytest.raises(ValueError, match="at least one question with an answer and a document"):
+        make_factory(tmp_path, tiny_tokenizer, rows[1:])
+
+
+def test_documents_without_a_token_are_an_error_and_no_endless_search(data, tmp_path, tiny_tokenizer):
+    QuestionTable.write(tmp_path, [Record("When?", ["1900"], [""], [0])], tiny_tokenizer)
+    config = make_config(data, tmp_path / "out", tasks={"questions": 1})
+    factory = ExampleFactory(config, tiny_tokenizer, None, {QuestionTable(tmp_path): 1.0})
+    with pytest.raises(ValueError, match="examples of the task questions must have a document to compress"):
+        StepDataset(config, factory)[0]
+
+
 def test_tables_travel_without_the_files_they_were_made_from(data, tmp_path, tiny_tokenizer):
     source = tmp_path / "questions.jsonl"
     source.write_bytes((data / "questions.jsonl").read_bytes())
@@ -103,6 +226,22 @@ def test_a_changed_file_is_read_again(data, tmp_path, tiny_tokenizer):
     assert len(corpora.texts([str(source)])) == 1
     write_rows(source, [{"text": "one"}, {"text": "and two"}])
     assert len(corpora.texts([str(source)])) == 2
+
+
+def test_a_damaged_table_is_made_again_and_what_killed_runs_left_is_removed(tmp_path, tiny_tokenizer):
+    source = tmp_path / "texts.jsonl"
+    write_rows(source, [{"text": "one"}])
+    left, in_use = (tmp_path / "cache" / f"pic-rag-staging-{name}" for name in ("left", "in-use"))
+    left.mkdir(parents=True)
+    in_use.mkdir()
+    os.utime(left, (0, 0))
+    corpora = Corpora(tmp_path / "cache", tiny_tokenizer, [])
+    corpora.texts([str(source)])
+    [made] = (tmp_path / "cache").glob("texts-*/files.json")
+    made.write_text("")
+    assert len(corpora.texts([str(source)])) == 1
+    assert made.read_text()
+    assert sorted((tmp_path / "cache").iterdir()) == [in_use, made.parent]
 
 
 PARAGRAPH = (
@@ -133,6 +272,16 @@ def test_synthetic_questions_of_held_out_texts_are_dropped(data, tmp_path, tiny_
     table = Corpora(tmp_path / "cache", tiny_tokenizer, [str(tmp_path / "held.jsonl")]).questions(source)
     assert len(table.groups) == 1
     assert "farm" in tiny_tokenizer.decode(table.contexts[0])
+
+
+def test_no_passage_of_a_held_out_text_is_asked_about(tmp_path, tiny_tokenizer):
+    text = f"{PARAGRAPH} " * 6
+    write_rows(tmp_path / "texts.jsonl", [{"text": text}, {"text": text.replace("mill", "farm")}])
+    (tmp_path / "held.md").write_text(text)
+    corpora = Corpora(tmp_path / "cache", tiny_tokenizer, [str(tmp_path / "held.md")])
+    table = corpora.questions(f"synthetic:{tmp_path / 'texts.jsonl'}")
+    assert len(table.contexts) > 1
+    assert all("farm" in tiny_tokenizer.decode(table.contexts[row]) for row in range(len(table.contexts)))
 
 
 HELD_OUT = [
@@ -197,3 +346,28 @@ def test_a_line_without_text_is_named(tmp_path):
     write_rows(tmp_path / "texts.jsonl", [{"text": "fine"}, {"body": "not fine"}])
     with pytest.raises(ValueError, match="text must be a string, got None in .*texts.jsonl, line 2"):
         list(read_texts(str(tmp_path / "texts.jsonl")))
+
+
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        ({"question": None}, r"question must be a string in a held-out file, got None"),
+        ({"contexts": [{"txt": "Bell"}]}, r"contexts must be a list of .* in a held-out file, got \[{'txt': 'Bell'}\]"),
+        ({"contexts": "Bell"}, r"contexts must be a list of .* in a held-out file, got 'Bell'"),
+    ],
+)
+def test_a_held_out_row_of_another_form_is_named(tmp_path, row, error):
+    write_rows(tmp_path / "held.jsonl", [{"text": "fine"}, row])
+    with pytest.raises(ValueError, match=rf"held\.jsonl, line 2: {error}\. Correct the file\."):
+        held_out_hashes([str(tmp_path / "held.jsonl")])
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("{}", "text"), ("synthetic:{}", "title"), ("{}", "answers")], ids=["text", "title", "answer"]
+)
+def test_a_lone_surrogate_is_named(tmp_path, source, name):
+    fine = {"text": PARAGRAPH, "question": "When?", "contexts": [{"text": PARAGRAPH}]}
+    write_rows(tmp_path / "rows.jsonl", [{**fine, name: ["\ud800"] if name == "answers" else "\ud800"}])
+    read = read_texts if name == "text" else read_questions
+    with pytest.raises(ValueError, match=rf"rows\.jsonl, line 1: {name} must be valid Unicode"):
+        list(read(source.format(tmp_path / "rows.jsonl")))

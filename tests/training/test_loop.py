@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
+import signal
 import time
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
+from filelock import FileLock
+from safetensors.torch import load_file, save_file
 from training_runs import TEXT, file_hashes, make_config, metrics_of, weights_of
+from transformers import AutoTokenizer, LlamaForCausalLM
 
+from pic_rag.cli import INTERRUPTED, main
 from pic_rag.compression.compressor import Compressor
 from pic_rag.generation.generator import Generator
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import read_questions as read_eval_questions
+from pic_rag.training import guards
 from pic_rag.training.batch import build_batches
+from pic_rag.training.examples import ExampleFactory
 from pic_rag.training.loop import Trainer, train
 
 
@@ -103,10 +113,153 @@ def test_every_file_of_a_trained_compressor_has_the_mode_that_new_files_get(data
     assert (folder / "reader").stat().st_mode == (tmp_path / "folder").stat().st_mode
 
 
-def test_another_configuration_in_the_same_folder_is_an_error(data, tmp_path):
-    train(make_config(data, tmp_path, steps=1), progress=False)
-    with pytest.raises(ValueError, match="out must be a new folder or hold the same run, got .* another configuration"):
-        train(make_config(data, tmp_path, steps=1, learning_rate=1.0), progress=False)
+def test_another_run_in_the_same_folder_is_an_error_that_names_what_differs(data, tmp_path):
+    shutil.copytree(data / "base", tmp_path / "base")
+    fields = {"base_model": str(tmp_path / "base"), "steps": 1}
+    train(make_config(data, tmp_path / "out", **fields), progress=False)
+    pic = {"segment_tokens": 64, "ratios": [4, 8], "lora_rank": 2, "encoder_layers": 2}
+    for changed, what in [
+        ({"learning_rate": 1.0}, "learning_rate was 0.0003 and is 1.0"),
+        ({"pic": pic}, "pic.lora_rank was 4 and is 2"),
+    ]:
+        with pytest.raises(ValueError, match=f"out must .* hold the same run, got .* another configuration: {what}"):
+            train(make_config(data, tmp_path / "out", **fields, **changed), progress=False)
+    model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    model.lm_head.weight.data.neg_()
+    model.save_pretrained(tmp_path / "base")
+    with pytest.raises(ValueError, match="base_model must be 'base@.*', which the run .* was begun with, got 'base@"):
+        train(make_config(data, tmp_path / "out", **fields), progress=False)
+
+
+def test_a_damaged_state_is_named_with_what_to_do(data, tmp_path):
+    config = make_config(data, tmp_path, steps=1)
+    train(config, progress=False)
+    state = tmp_path / "training_state.pt"
+    whole = state.read_bytes()
+    for damaged in (b"", whole[:-100], b"no state"):
+        state.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"training_state\.pt must be the whole state .* Delete it to begin anew"):
+            train(config, progress=False)
+
+
+def test_a_run_that_diverges_stops_and_keeps_its_last_checkpoint(data, tmp_path):
+    def poison(trainer):
+        if trainer.step == 2:
+            trainer.master[0].fill_(torch.nan)
+
+    trainer = Trainer(make_config(data, tmp_path / "late", checkpoint_minutes=0.0), Accelerator())
+    with pytest.raises(ValueError, match="low enough for weights to stay finite, got 0.0003: at step 2"):
+        trainer.run(None, False, poison)
+    assert torch.load(tmp_path / "late" / "training_state.pt", weights_only=True)["step"] == 1
+    kept = load_file(tmp_path / "late" / "compressor" / "compressor.safetensors")
+    assert all(tensor.isfinite().all() for tensor in kept.values())
+    with pytest.raises(ValueError, match=r"loss and gradient norm to stay finite, got 1e\+30: at step 2"):
+        train(make_config(data, tmp_path / "soon", learning_rate=1e30), progress=False)
+    assert not (tmp_path / "soon" / "training_state.pt").exists()
+
+
+def test_a_log_that_was_cut_or_is_gone_does_not_keep_a_run_from_going_on(data, tmp_path, caplog):
+    log = tmp_path / "metrics.jsonl"
+
+    def steps_after(damaged, steps):
+        log.unlink() if damaged is None else log.write_bytes(damaged)
+        train(make_config(data, tmp_path, steps=steps), progress=False)
+        return [line["step"] for line in metrics_of(tmp_path)]
+
+    train(make_config(data, tmp_path, steps=2), progress=False)
+    assert steps_after(log.read_bytes()[:-5], 3) == [1, 3]
+    assert steps_after(None, 4) == [4]
+    assert "metrics.jsonl is gone and begins anew" in caplog.text
+    with pytest.raises(ValueError, match=r"metrics\.jsonl must hold a JSON object in every line, got line 2: "):
+        steps_after(log.read_bytes().replace(b"\n", b"\n?\n", 1), 5)
+
+
+def test_a_folder_that_another_run_writes_to_is_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(guards, "_LOCK_TIMEOUT_S", 0.0)
+    config = make_config(data, tmp_path, steps=1)
+    with (
+        FileLock(tmp_path / guards.LOCK_FILE),
+        pytest.raises(ValueError, match="out must be .*: another run is writing here. Wait for it, or choose another"),
+    ):
+        train(config, progress=False)
+    assert train(config, progress=False).is_dir()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_keeps_its_steps_and_ends_as_one_that_was_not(data, tmp_path, monkeypatch, number):
+    train(make_config(data, tmp_path / "whole", steps=4), progress=False)
+    config = make_config(data, tmp_path / "cut", steps=4)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    publish = Trainer._publish
+
+    def interrupt(trainer):
+        signal.raise_signal(number)  # between the new weights of a step and their use
+        publish(trainer)
+
+    monkeypatch.setattr(Trainer, "_publish", interrupt)
+    default = signal.signal(signal.SIGTERM, lambda *_: None)  # else this process would end, were it not handled
+    try:
+        assert main(["train", str(tmp_path / "run.yaml"), "--quiet"]) == INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, default)
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "cut" / "training_state.pt", weights_only=True)["step"] == 1
+    train(config, progress=False)
+    assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
+    for one, other in zip(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_what_a_worker_fails_at_is_shown_as_it_is(data, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ValueError("The bell is broken.")
+
+    monkeypatch.setattr(ExampleFactory, "draw", fail)
+    with pytest.raises(ValueError, match=r"^The bell is broken\.$"):
+        train(make_config(data, tmp_path, workers=1), progress=False)
+
+
+def _without_end_token(folder):
+    for name, field in [("tokenizer_config", "eos_token"), ("config", "eos_token_id")]:
+        settings = json.loads((folder / f"{name}.json").read_text())
+        del settings[field]
+        (folder / f"{name}.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").unlink()
+
+
+def _without_template(folder):
+    (folder / "chat_template.jinja").unlink()
+
+
+def _with_few_embeddings(folder):
+    model = LlamaForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(100)
+    model.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_without_end_token, "must have a token that ends an answer, got none .* Set eos_token in its tokenizer"),
+        (_without_template, "must have a chat template, got none in .* instruction-tuned"),
+        (_with_few_embeddings, r"must have an embedding for every token, got 100 .*resize_token_embeddings\(259\)"),
+    ],
+)
+def test_a_base_model_that_cannot_be_trained_with_is_refused_at_once(data, tmp_path, damage, message):
+    shutil.copytree(data / "base", tmp_path / "base")
+    damage(tmp_path / "base")
+    with pytest.raises(ValueError, match=f"base_model {message}"):
+        train(make_config(data, tmp_path / "out", base_model=str(tmp_path / "base")), progress=False)
+    assert not (tmp_path / "out" / "tokens").exists()
+
+
+def test_a_special_token_that_no_text_holds_needs_no_embedding(data, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(data / "base")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})  # as Gemma 3 has it
+    shutil.copytree(data / "base", tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = make_config(data, tmp_path / "out", steps=1, base_model=str(tmp_path / "base"))
+    assert train(config, progress=False).is_dir()
 
 
 def test_the_exported_compressor_makes_the_trained_memories(data, tmp_path):
@@ -137,6 +290,23 @@ def test_a_run_can_start_from_a_compressor(data, tmp_path):
     state = trainer.encoder.trained_state()
     kept = Compressor.from_pretrained(folder, device="cpu").checkpoint.weights
     assert all(torch.equal(state[name].to(tensor.dtype), tensor) for name, tensor in kept.items())
+
+
+def test_a_compressor_that_a_run_cannot_start_from_is_refused_by_what_differs(data, tmp_path):
+    folder = train(make_config(data, tmp_path / "first", steps=1, reader_rank=2), progress=False)
+    pic = {"segment_tokens": 64, "ratios": [4, 8], "lora_rank": 4, "encoder_layers": 2}
+    start = {"init_from": str(folder), "reader_rank": 2}
+
+    def refused(message, **changed):
+        with pytest.raises(ValueError, match=message):
+            Trainer(make_config(data, tmp_path / "second", **{**start, **changed}), Accelerator())
+
+    refused("reader_rank must be 2, that of the reader of init_from=.*, got 4", reader_rank=4)
+    refused("reader_rank must be 2, .* got 0", reader_rank=0)
+    refused("pic.lora_rank must be 4, as in init_from=.*, got 8", pic={**pic, "lora_rank": 8})
+    weights = folder / "compressor.safetensors"
+    save_file({**load_file(weights), "slot_embedding": torch.full((64,), torch.nan)}, weights)
+    refused("init_from=.* must hold finite weights, got others in 'slot_embedding'")
 
 
 @pytest.mark.parametrize("reader_rank", [0, 2], ids=["frozen", "reader"])
@@ -185,8 +355,39 @@ def test_a_short_run_that_has_to_finish_is_extended_and_is_whole_afterwards(data
     rates = [line["rate"] for line in lines]
     after_warm_up = rates[rates.index(1.0) :]
     assert after_warm_up == sorted(after_warm_up, reverse=True)
-    train(config, progress=False)  # nothing is left to do
-    assert metrics_of(tmp_path)[-1]["step"] == lines[-1]["step"]
+    train(config, progress=False)  # nothing is left to do, unless the machine grew slower meanwhile
+    whole = metrics_of(tmp_path)
+    assert whole[: len(lines)] == lines
+    train(config, progress=False)
+    assert metrics_of(tmp_path) == whole
+
+
+def test_a_run_that_has_to_finish_keeps_its_end_when_it_is_cut_and_when_it_is_over(data, tmp_path, caplog):
+    config = make_config(data, tmp_path, steps=100_000, tasks={"continue": 1}, decay_share=0.5)
+
+    def interrupt(trainer):
+        if trainer.config.steps < 100_000:  # since its end is known
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(config, Accelerator()).run(0.05, False, interrupt, finish=True)
+    cut = metrics_of(tmp_path)[-1]
+    train(config, progress=False)
+    lines = metrics_of(tmp_path)
+    rates = [line["rate"] for line in lines[cut["step"] - 1 :]]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.5
+    assert "nothing is left to do" not in caplog.text
+    before = file_hashes(tmp_path / "compressor") | {"step": lines[-1]["step"]}
+    for finish in (True, False):
+        caplog.clear()
+        train(config, minutes=0.05, finish=finish, progress=False)
+        assert "nothing is left to do" in caplog.text
+        assert file_hashes(tmp_path / "compressor") | {"step": metrics_of(tmp_path)[-1]["step"]} == before
+    with pytest.raises(ValueError, match="finish must come with minutes"):
+        train(config, finish=True)
+    with pytest.raises(SystemExit, match="2"):
+        main(["train", "smoke", "--finish"])
 
 
 def test_a_finished_run_may_be_read_as_what_it_was(data, tmp_path):
