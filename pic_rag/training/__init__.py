@@ -2,6 +2,7 @@
 
 `chat` writes the conversations of examples; `start` is what a run begins with, `state` what it resumes from, `guards`
 what keeps it whole, `metrics` and `lines` its log. `synthetic` makes questions of texts, `averaging` means of runs.
+
 The public names load on first use: a configuration can be read and written without torch.
 """
 
