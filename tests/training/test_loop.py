@@ -197,11 +197,15 @@ def test_an_interrupted_run_keeps_its_steps_and_ends_as_one_that_was_not(data, t
         publish(trainer)
 
     monkeypatch.setattr(Trainer, "_publish", interrupt)
-    default = signal.signal(signal.SIGTERM, lambda *_: None)  # else this process would end, were it not handled
+    handlers = {  # were SIGTERM not handled, this process would end; and a shell's background jobs ignore Ctrl-C
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda *_: None),
+        signal.SIGINT: signal.signal(signal.SIGINT, signal.default_int_handler),
+    }
     try:
         assert main(["train", str(tmp_path / "run.yaml"), "--quiet"]) == INTERRUPTED
     finally:
-        signal.signal(signal.SIGTERM, default)
+        for name, handler in handlers.items():
+            signal.signal(name, handler)
     monkeypatch.undo()
     assert torch.load(tmp_path / "cut" / "training_state.pt", weights_only=True)["step"] == 1
     train(config, progress=False)
