@@ -150,6 +150,7 @@ def test_a_text_the_compressor_refuses_costs_itself_only(checkpoint: Path, tmp_p
     assert len(shard_keys(store.folder)) == 8
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_where_it_stopped(checkpoint: Path, compressor: Compressor, tmp_path) -> None:
     """Every document is compressed exactly once over both runs, and its memory is the one it would have alone."""
     docs, out = write_documents(tmp_path / "docs", 12 * GROUP_ITEMS), tmp_path / "out"

@@ -340,6 +340,7 @@ def test_a_compressor_is_read_as_it_was_trained_at_either_positions(data, tmp_pa
     assert losses["spread"] != pytest.approx(losses["contiguous"], abs=2e-2)
 
 
+@pytest.mark.slow
 def test_a_run_that_has_to_finish_ends_with_a_rate_of_zero_in_its_time(data, tmp_path):
     config = make_config(data, tmp_path, steps=100_000, tasks={"continue": 1}, decay_share=0.5)
     started = time.monotonic()
