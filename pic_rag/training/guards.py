@@ -78,8 +78,9 @@ def sigterm_interrupts() -> Iterator[None]:
 
 
 def ignore_interrupts(_: int) -> None:
-    """In a worker of a `DataLoader`: Ctrl-C reaches it too, and it is the main process that says when to end."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """In a worker of a `DataLoader`: signals reach it too, and it is the main process that says when to end."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def are_finite(tensors: Sequence[torch.Tensor]) -> bool:
