@@ -141,12 +141,14 @@ def read_report(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: when there is no such file.
         ValueError: when it holds something else.
     """
+    rule = "must be a report of `pic-rag eval --json` or `pic-rag bench`"
+    remedy = "Name a file that one of them wrote."
     try:
         report = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be a report of `pic-rag eval --json`, got no JSON: {error}.") from error
+        raise ValueError(f"{path} {rule}, got no JSON: {error}. {remedy}") from error
     if not isinstance(report, dict) or not isinstance(report.get("rows"), list):
-        raise ValueError(f"{path} must be a report of `pic-rag eval --json`, got JSON without rows.")
+        raise ValueError(f"{path} {rule}, got JSON without rows. {remedy}")
     return report
 
 

@@ -106,7 +106,8 @@ def test_a_column_that_the_report_does_not_have_is_named() -> None:
 def test_a_file_that_is_no_report_is_named(tmp_path, capsys) -> None:
     (tmp_path / "x.json").write_text("[]")
     assert main(["report", str(tmp_path / "x.json")]) == 1
-    assert "x.json must be a report of `pic-rag eval --json`, got JSON without rows." in capsys.readouterr().err
+    shown = capsys.readouterr().err
+    assert "x.json must be a report of `pic-rag eval --json` or `pic-rag bench`, got JSON without rows. Name " in shown
     (tmp_path / "x.json").write_text("rows")
     assert main(["report", str(tmp_path / "x.json")]) == 1
-    assert "x.json must be a report of `pic-rag eval --json`, got no JSON" in capsys.readouterr().err
+    assert "x.json must be a report of `pic-rag eval --json` or `pic-rag bench`, got no JSON" in capsys.readouterr().err
