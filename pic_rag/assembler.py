@@ -20,6 +20,7 @@ from pic_rag.chunking import strides
 from pic_rag.config import GeneratorPositions
 from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, replace_handles, split_handles
 from pic_rag.memory import Memory
+from pic_rag.models.backbone import same_model
 from pic_rag.prompts import check_unicode
 
 Prompt = str | Sequence[Mapping[str, Any]]
@@ -87,7 +88,7 @@ class Assembler:
     Args:
         model: the generator.
         tokenizer: its tokenizer, with its chat template when messages are to be read.
-        model_id: `name@digest` of the generator; a memory must carry the same one.
+        model_id: `name@digest` of the generator; a memory must carry the same digest.
         generator_positions: where memory tokens sit, see `PicConfig`.
 
     Raises:
@@ -190,7 +191,7 @@ class Assembler:
         if handle not in memories:
             raise UnknownHandleError(handle, len(memories))
         memory = memories[handle]
-        if memory.generator != self.model_id or memory.hidden != self.hidden:
+        if not same_model(memory.generator, self.model_id) or memory.hidden != self.hidden:
             raise ValueError(
                 f"{_whose(memory)} was made for {memory.generator!r} (hidden {memory.hidden}) but the generator is "
                 f"{self.model_id!r} (hidden {self.hidden}). "

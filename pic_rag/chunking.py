@@ -5,12 +5,15 @@ This room knows nothing of models or attention; it counts.
 
 from __future__ import annotations
 
+import copy
 import re
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -20,6 +23,9 @@ WINDOW_CHARACTERS = 50_000
 _WINDOWS_AT_ONCE = 8  # full ones tokenised together
 
 _BREAK = re.compile(r"(?<=\S)\s(?=\S)")  # not inside a run of white space: tokenizers make one token of a run
+
+_copies: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()  # of tokenizers, see `_for_documents`
+_copying = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +78,20 @@ def tokenize(text: str | list[str], tokenizer: Any, **options: Any) -> Any:  # n
 
     "<|im_end|>" in them is text: it must not end a message.
     """
-    return tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False, **options)
+    own = _for_documents(tokenizer)
+    return own(text, add_special_tokens=False, split_special_tokens=True, verbose=False, **options)
+
+
+def _for_documents(tokenizer: Any) -> Any:  # noqa: ANN401
+    """A copy of the tokenizer that reads nothing but documents.
+
+    A fast tokenizer keeps `split_special_tokens` from call to call: were prompts tokenised by the same object in
+    another thread, each would now and then be read as the other.
+    """
+    with _copying:
+        if tokenizer not in _copies:
+            _copies[tokenizer] = copy.deepcopy(tokenizer)
+        return _copies[tokenizer]
 
 
 def token_windows(text: str, tokenizer: Any) -> Iterator[np.ndarray]:  # noqa: ANN401 - any Hugging Face tokenizer

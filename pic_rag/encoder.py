@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from pic_rag.config import PicConfig
 from pic_rag.layout import Layout
@@ -168,8 +169,9 @@ def _cut_decoder(base: PreTrainedModel, config: PicConfig) -> PreTrainedModel:
     if not hasattr(decoder, "layers") or not hasattr(decoder, "rotary_emb"):
         raise ValueError(
             f"The base model must be a causal LM with rotary positions, got {type(base).__name__}. "
-            "Llama, Qwen, Mistral and Gemma models are."
+            "Llama, Qwen2, Qwen3, Mistral and Gemma models are."
         )
+    _check_attention(base)
     layers = cast("nn.ModuleList", decoder.layers)
     keep = config.encoder_layers or len(layers)
     if keep > len(layers):
@@ -182,6 +184,17 @@ def _cut_decoder(base: PreTrainedModel, config: PicConfig) -> PreTrainedModel:
     cut.config = copy.deepcopy(cut.config)
     cut.config.num_hidden_layers = keep
     return cut.requires_grad_(False)
+
+
+def _check_attention(base: PreTrainedModel) -> None:
+    """Refuse layers that mix places in another way than by attention: the mask would not keep documents apart."""
+    for layer in DynamicCache(config=base.config).layers:
+        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+            raise ValueError(
+                f"The base model must mix places by attention alone, got {type(base).__name__}, which has a layer of "
+                f"another kind (its cache is a {type(layer).__name__}) that no mask restricts. "
+                "Llama, Qwen2, Qwen3, Mistral and Gemma models are suitable."
+            )
 
 
 def _add_lora(decoder: PreTrainedModel, config: PicConfig) -> None:

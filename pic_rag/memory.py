@@ -36,6 +36,12 @@ class MemoryFormatError(ValueError):
     """Bytes that are not a memory, or not the memory that was asked for."""
 
 
+def check_at_rest(at_rest: str) -> None:
+    """Raise ValueError when that is no precision that memories are kept in."""
+    if at_rest not in get_args(AtRest):
+        raise ValueError(f"at_rest must be one of {', '.join(get_args(AtRest))}, got {at_rest!r}.")
+
+
 def hash_text(text: str) -> str:
     """SHA-256 of a text in UTF-8, as 64 hex digits.
 
@@ -125,8 +131,7 @@ class Memory:
         Raises:
             ValueError: `at_rest` is none of the three, or the embeddings hold NaN or infinity.
         """
-        if at_rest not in get_args(AtRest):
-            raise ValueError(f"at_rest must be one of {', '.join(get_args(AtRest))}, got {at_rest!r}.")
+        check_at_rest(at_rest)
         if not bool(torch.isfinite(self.embeddings).all()):
             raise ValueError(
                 f"embeddings of {self.source or self.handle} must be finite, got NaN or infinity. "

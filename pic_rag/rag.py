@@ -113,11 +113,7 @@ class PicRag:
         store: MemoryStore | None = None,
         namespace: str = "default",
     ) -> None:
-        if compressor.generator.id != generator.model_id:
-            raise ValueError(
-                f"generator must be {compressor.generator.id!r}, which the compressor makes memories for, got "
-                f"{generator.model_id!r}. Load it with reader=compressor.reader, or use a compressor trained for it."
-            )
+        generator.check_reads(compressor.generator.id)
         self.retriever = retriever
         self.compressor = compressor
         self.generator = generator

@@ -179,7 +179,7 @@ def test_escaped_handles_are_plain_text(assembler: Assembler, memory: Memory) ->
 
 
 @pytest.mark.parametrize(
-    ("hidden", "generator"), [(64, "other@0123456789abcdef"), (32, MODEL_ID)], ids=["model", "hidden"]
+    ("hidden", "generator"), [(64, "tiny@fedcba9876543210"), (32, MODEL_ID)], ids=["model", "hidden"]
 )
 def test_a_memory_of_another_generator_is_refused(hidden: int, generator: str, assembler: Assembler) -> None:
     memory = make_memory(torch.randn(1, hidden), generator=generator, source="a.pdf")
@@ -187,6 +187,11 @@ def test_a_memory_of_another_generator_is_refused(hidden: int, generator: str, a
         assembler.assemble(memory.handle, {memory.handle: memory})
     assert f"{generator!r} (hidden {hidden})" in str(raised.value)
     assert f"{MODEL_ID!r} (hidden 64)" in str(raised.value)
+
+
+def test_equal_weights_read_a_memory_whatever_they_are_called(assembler: Assembler) -> None:
+    memory = make_memory(torch.randn(2, 64), generator=f"a-copy@{MODEL_ID.partition('@')[2]}")
+    assert assembler.assemble(memory.handle, {memory.handle: memory}).memory_tokens == 2
 
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])

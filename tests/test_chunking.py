@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pic_rag import chunking
-from pic_rag.chunking import fold, place_slots, token_segments
+from pic_rag.chunking import fold, place_slots, token_segments, tokenize
 
 PROSE = "It was 1883, and the harbour of Whitby lay still; nobody spoke.\nThen the bell rang.\n\n"
 
@@ -52,6 +52,14 @@ def test_segments_of_a_long_text_are_those_of_tokenising_it_whole(tiny_tokenizer
     segments = [ids for _, ids in token_segments([text], tiny_tokenizer, 64)]
     assert np.concatenate(segments).tolist() == whole
     assert {len(segment) for segment in segments[:-1]} == {64}
+
+
+def test_tokenising_a_document_leaves_the_tokenizer_as_it_was(tiny_tokenizer):
+    """Another thread may be tokenising a prompt with it, whose special tokens are special."""
+    text = tiny_tokenizer.eos_token
+    [special] = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert special not in tokenize(text, tiny_tokenizer)["input_ids"]
+    assert not tiny_tokenizer.backend_tokenizer.encode_special_tokens
 
 
 def test_windows_break_between_words_and_never_inside_a_run_of_white_space(tiny_tokenizer, monkeypatch):

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, FalconH1Config, GPT2Config, GPT2LMHeadModel, Lfm2Config
 
 from pic_rag.chunking import fold, place_slots
 from pic_rag.config import PRESETS, PicConfig
@@ -263,6 +263,19 @@ def test_more_layers_than_the_model_has_is_an_error(tiny_model):
 def test_a_model_without_rotary_positions_is_an_error():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=259, n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(ValueError, match="must be a causal LM with rotary positions, got GPT2LMHeadModel"):
+        PicEncoder(model, _config(), model.get_input_embeddings())
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [(Lfm2Config, {"layer_types": ["conv", "full_attention"]}), (FalconH1Config, {"mamba_d_ssm": 64})],
+)
+def test_a_model_with_layers_that_no_mask_restricts_is_an_error(config, options):
+    """Its convolutions and recurrent states would carry one document into the next."""
+    sizes = {"vocab_size": 259, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "mamba_n_heads": 4}
+    model = AutoModelForCausalLM.from_config(config(**sizes, **heads, **options))
+    with pytest.raises(ValueError, match="must mix places by attention alone, got (Lfm2|FalconH1)ForCausalLM"):
         PicEncoder(model, _config(), model.get_input_embeddings())
 
 

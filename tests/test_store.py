@@ -595,6 +595,11 @@ def test_a_namespace_cannot_reach_outside_itself(namespace: str) -> None:
         MemoryCache(InMemoryByteStore(), "f" * 64, namespace=namespace)
 
 
+def test_a_precision_that_there_is_not_is_refused_before_anything_is_compressed() -> None:
+    with pytest.raises(ValueError, match="at_rest must be one of bf16, int8, int4, got 'fp16'"):
+        MemoryCache(InMemoryByteStore(), "f" * 64, at_rest="fp16")  # type: ignore[arg-type]
+
+
 def test_an_empty_fingerprint_is_an_error() -> None:
     """It would match every compressor's memories."""
     with pytest.raises(ValueError, match="fingerprint must not be empty"):
@@ -825,13 +830,15 @@ def open_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.mark.parametrize("shut", ["file", "folder"])
 @pytest.mark.skipif(not hasattr(os, "seteuid"), reason="file modes as POSIX has them")
-def test_a_sqlite_file_that_may_not_be_written_is_read(open_folder) -> None:
+def test_a_sqlite_file_that_may_not_be_written_is_read(open_folder, shut) -> None:
     """In an image, say. What it lacks cannot be added, and the error says so."""
     path = open_folder / "memories.sqlite"
     with SQLiteStore(path) as store:
         store.mset([("a", b"1")])
-    path.chmod(0o444)
+    path.chmod(0o444 if shut == "file" else 0o666)
+    open_folder.chmod(0o755 if shut == "file" else 0o555)
     own = os.geteuid()
     try:
         os.seteuid(own or 65534)  # root may write anything
@@ -841,6 +848,7 @@ def test_a_sqlite_file_that_may_not_be_written_is_read(open_folder) -> None:
                 store.mset([("b", b"2")])
             assert list(store.yield_keys()) == ["a"]
             os.seteuid(own)
+            open_folder.chmod(0o755)
             path.chmod(0o644)
             with SQLiteStore(path) as owner:  # rewrites the file below the open reader
                 owner.mset([(f"key {number}", bytes(4096)) for number in range(200)])
@@ -850,12 +858,25 @@ def test_a_sqlite_file_that_may_not_be_written_is_read(open_folder) -> None:
         os.seteuid(own)
 
 
-def test_a_relative_path_stays_where_it_was(tmp_path, monkeypatch) -> None:
-    """Whatever the working folder is when the file is opened, or opened again."""
+@pytest.mark.parametrize("kind", OWN_STORES)
+def test_a_relative_path_stays_where_it_was(kind, tmp_path, monkeypatch) -> None:
+    """Whatever the working folder is when the store is opened, or opened again."""
     monkeypatch.chdir(tmp_path)
-    store = SQLiteStore("memories.sqlite")
+    store = open_store(kind, Path("here"))
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir("elsewhere")
     store.mset([("a", b"1")])
-    store.close()
-    assert SQLiteStore(tmp_path / "memories.sqlite").mget(["a"]) == [b"1"]
+    if isinstance(store, SQLiteStore):
+        store.close()
+    assert store.mget(["a"]) == open_store(kind, tmp_path / "here").mget(["a"]) == [b"1"]
+
+
+def test_a_sqlite_file_that_was_moved_away_is_made_anew(tmp_path) -> None:
+    """Whoever follows the advice to move a damaged file away need not restart what has it open."""
+    path = tmp_path / "memories.sqlite"
+    with SQLiteStore(path) as store:
+        store.mset([("a", b"1")])
+        path.rename(tmp_path / "away.sqlite")
+        assert store.mget(["a"]) == [None]
+        store.mset([("b", b"2")])
+        assert SQLiteStore(path).mget(["b"]) == [b"2"]

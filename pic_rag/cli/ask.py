@@ -16,6 +16,7 @@ from pic_rag.cli.options import (
     add_model_options,
     add_ratio,
     loading,
+    named_path,
     positive,
     progress,
     share,
@@ -39,7 +40,9 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument("--docs", nargs="+", default=[], metavar="PATH", help="files, and folders of files")
-    parser.add_argument("--index", type=Path, metavar="DIR", help="keep passages and memories here, and use what is")
+    parser.add_argument(
+        "--index", type=named_path, metavar="DIR", help="keep passages and memories here, and use what is"
+    )
     add_ratio(parser, ranked=True)
     parser.add_argument(
         "--min-fidelity",

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from pic_rag.cli.options import Commands, add_command
+from pic_rag.cli.options import Commands, add_command, named_path
 
 
 def add_parser(commands: Commands) -> None:
@@ -18,7 +17,7 @@ def add_parser(commands: Commands) -> None:
         "as if the learning rate had been lowered to zero.",
     )
     parser.add_argument("compressors", nargs="+", metavar="NAME", help="folders or hub ids, two or more")
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="of the mean")
+    parser.add_argument("--out", type=named_path, required=True, metavar="FOLDER", help="of the mean")
     parser.set_defaults(run=run)
 
 

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pic_rag.cli.console import calm_libraries
-from pic_rag.cli.options import Commands, add_command, add_model_options, add_ratio, positive, progress, show_bars
+from pic_rag.cli.options import (
+    Commands,
+    add_command,
+    add_model_options,
+    add_ratio,
+    named_path,
+    positive,
+    progress,
+    show_bars,
+)
 
 if TYPE_CHECKING:
     from pic_rag.bulk.run import Tally
@@ -29,7 +38,11 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--docs", nargs="+", required=True, metavar="PATH", help="files, and folders of files")
     parser.add_argument(
-        "--out", required=True, metavar="STORE", help="a SQLite file when it ends in .sqlite, else a folder of shards"
+        "--out",
+        required=True,
+        type=named_path,
+        metavar="STORE",
+        help="a SQLite file when it ends in .sqlite, else a folder of shards",
     )
     parser.add_argument(
         "--split", action="store_true", help="compress the passages that `ask` looks for, not whole documents"
@@ -87,11 +100,11 @@ def run(args: argparse.Namespace) -> int:
     return 0 if tally.complete else PARTIAL
 
 
-def open_store(out: str) -> SQLiteStore | ShardStore:
+def open_store(out: Path) -> SQLiteStore | ShardStore:
     """The store that the name's ending asks for."""
     from pic_rag.store import ShardStore, SQLiteStore
 
-    return SQLiteStore(out) if out.endswith(".sqlite") else ShardStore(out)
+    return SQLiteStore(out) if out.name.endswith(".sqlite") else ShardStore(out)
 
 
 def _print_summary(tally: Tally, args: argparse.Namespace) -> None:
@@ -101,7 +114,7 @@ def _print_summary(tally: Tally, args: argparse.Namespace) -> None:
     print(f"tokens     {tally.text_tokens:,} of text -> {tally.memory_tokens:,} of memory ({rate:.1f}x)")
     if tally.bytes_a_text is not None:
         print(f"at rest    {tally.bytes_a_text:,.0f} bytes a memory in {args.at_rest}")
-    print(f"on disk    {tally.text_bytes:,} bytes of text -> {disk_bytes(Path(args.out)):,} bytes in {args.out}")
+    print(f"on disk    {tally.text_bytes:,} bytes of text -> {disk_bytes(args.out):,} bytes in {args.out}")
 
 
 def disk_bytes(path: Path) -> int:

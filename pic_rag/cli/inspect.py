@@ -7,7 +7,15 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pic_rag.cli.options import Commands, add_command, add_model_options, add_ratio, load_compressor, positive
+from pic_rag.cli.options import (
+    Commands,
+    add_command,
+    add_model_options,
+    add_ratio,
+    load_compressor,
+    named_path,
+    positive,
+)
 from pic_rag.config import PRESETS, PicConfig
 
 if TYPE_CHECKING:
@@ -26,7 +34,7 @@ def add_parser(commands: Commands) -> None:
         "segment. Needs matplotlib: pip install 'pic-rag[plot]'.",
     )
     parser.add_argument("text", metavar="TEXT", help="a text, or a file that can be asked about")
-    parser.add_argument("--out-dir", type=Path, default=Path("."), metavar="DIR", help="where the pictures go")
+    parser.add_argument("--out-dir", type=named_path, default=Path("."), metavar="DIR", help="where the pictures go")
     add_ratio(parser)
     parser.add_argument("--tokens", type=positive, metavar="N", help="show the first N tokens only")
     parser.add_argument("--preset", choices=sorted(PRESETS), help="draw this preset's mask, not the compressor's")

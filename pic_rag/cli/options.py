@@ -91,9 +91,16 @@ def share(text: str) -> float:
     return number
 
 
+def named_path(text: str) -> Path:
+    """A path that is not empty, for argparse: an unset variable must not mean the folder one happens to be in."""
+    if not text:
+        raise argparse.ArgumentTypeError("must be a path, got ''")
+    return Path(text)
+
+
 def new_file(text: str) -> Path:
     """A file that can be written, for argparse: known before anything is computed for it."""
-    path = Path(text)
+    path = named_path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"must be a file, got the folder {text!r}")
     new_folder(str(path.parent))
@@ -102,7 +109,7 @@ def new_file(text: str) -> Path:
 
 def new_folder(text: str) -> Path:
     """A folder that can be made and written to, for argparse."""
-    path = Path(text)
+    path = named_path(text)
     there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not there.is_dir():
         raise argparse.ArgumentTypeError(f"must be in a folder, got {text!r}, where {str(there)!r} is a file")

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from pic_rag.cli.console import calm_libraries, say
-from pic_rag.cli.options import Commands, add_command, minutes, names, progress, show_bars
+from pic_rag.cli.options import Commands, add_command, minutes, named_path, names, progress, show_bars
 from pic_rag.study.config import CONFIGS, StudyConfig
 
 
@@ -23,9 +23,9 @@ def add_parser(commands: Commands) -> None:
     shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("config", nargs="?", metavar="CONFIG", help=f"YAML file, or a shipped study: {shipped}")
-    what.add_argument("--report", type=Path, metavar="FOLDER", help="folder of a study; only its report is made")
+    what.add_argument("--report", type=named_path, metavar="FOLDER", help="folder of a study; only its report is made")
     parser.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="folder of the study (default: runs/ and the study's name)"
+        "--out", type=named_path, metavar="FOLDER", help="folder of the study (default: runs/ and the study's name)"
     )
     parser.add_argument(
         "--arms", type=names, metavar="A,B", help="train only these, and leave others to other machines"

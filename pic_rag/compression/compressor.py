@@ -124,8 +124,8 @@ class Compressor:
             **loading: `device`, `dtype`, `attn_implementation`, for a model given by name.
 
         Raises:
-            ValueError: when a model object comes without its tokenizer, has no rotary positions, or when the
-                generator's vocabulary cannot be the tokenizer's.
+            ValueError: when a model object comes without its tokenizer, has no rotary positions or layers that are no
+                attention, or when the generator's vocabulary cannot be the tokenizer's.
         """
         if isinstance(model, PreTrainedModel):
             if tokenizer is None:
@@ -309,11 +309,7 @@ class Compressor:
                 f"generator must be a Generator that runs in this process, got {type(generator).__name__}. "
                 "Leave min_fidelity out, or pass Generator.from_checkpoint(compressor.checkpoint)."
             )
-        if generator.model_id != self.generator.id:
-            raise ValueError(
-                f"generator must be {self.generator.id!r}, which the compressor makes memories for, got "
-                f"{generator.model_id!r}. Pass Generator.from_checkpoint(compressor.checkpoint)."
-            )
+        generator.check_reads(self.generator.id)
         return generator
 
     @property

@@ -21,6 +21,7 @@ from pic_rag.config import GeneratorPositions
 from pic_rag.generation.completion import Completion, FinishReason
 from pic_rag.generation.sampling import Sampling
 from pic_rag.memory import Memory
+from pic_rag.models.backbone import same_model
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class BaseGenerator:
     Args:
         model: the causal LM, for its settings and the width of its embeddings; only the engine computes with it.
         tokenizer: its tokenizer.
-        model_id: `name@digest` of the model, its reader included; a memory must carry the same one.
+        model_id: `name@digest` of the model, its reader included; a memory must carry the same digest.
         engine: runs the model.
         generator_positions: where memory tokens sit, see `PicConfig`.
     """
@@ -89,6 +90,18 @@ class BaseGenerator:
         self.model_id = model_id
         self._engine = engine
         self._assembler = Assembler(model, tokenizer, model_id=model_id, generator_positions=generator_positions)
+
+    def check_reads(self, generator: str) -> None:
+        """Refuse memories that are made for another generator: `compressor.generator.id` says which.
+
+        Raises:
+            ValueError: when the weights, the reader or the positions are others.
+        """
+        if not same_model(generator, self.model_id):
+            raise ValueError(
+                f"generator must be {generator!r}, which the compressor makes memories for, got {self.model_id!r}. "
+                "Load it with Generator.from_checkpoint(compressor.checkpoint), or use a compressor trained for it."
+            )
 
     @property
     def hidden(self) -> int:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +20,10 @@ from pic_rag.models.quiet import quiet_loading
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 ATTN_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DIGEST_SAMPLES = 64  # values read of every parameter
+
+_digests_before_rounding: WeakKeyDictionary[PreTrainedModel, str] = WeakKeyDictionary()  # of models cast to float16
 
 
 class ModelRef(NamedTuple):
@@ -55,12 +60,13 @@ def load_backbone(
     Args:
         name_or_path: a folder, a hub id, or None for the embedded default.
         device: as torch names it; None picks cuda, then mps, then cpu.
-        dtype: None picks bfloat16 where the device multiplies it natively, else float32.
+        dtype: "bfloat16", "float16", "float32" or "float64"; None picks bfloat16 where the device multiplies it
+            natively, else float32.
         attn_implementation: "sdpa", "eager" or "flex_attention"; None leaves it to transformers.
         model_kwargs: passed on to `from_pretrained`.
 
     Raises:
-        ValueError: when `attn_implementation` is none of those, or `dtype` no floating-point dtype.
+        ValueError: when `attn_implementation` or `dtype` is none of those, or the model's files are damaged.
         OSError: when there is no such model.
         EmbeddedModelError: when the embedded default is neither cached nor reachable.
     """
@@ -72,14 +78,37 @@ def load_backbone(
     embedded_default = name_or_path is None or str(name_or_path) == EMBEDDED_NAME
     source = str(embedded.generator_path()) if embedded_default else str(name_or_path)
     where = resolve_device(device)
-    with quiet_loading():
-        model = AutoModelForCausalLM.from_pretrained(
-            source, dtype=resolve_dtype(dtype, where), attn_implementation=attn_implementation, **(model_kwargs or {})
-        )
+    options = {"attn_implementation": attn_implementation, **(model_kwargs or {})}
+    with quiet_loading(), _loading("weights", source):
+        model = _load_model(source, resolve_dtype(dtype, where), options)
+    with quiet_loading(), _loading("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source)
     return Backbone(
         cast("Any", model).to(where).eval(), tokenizer, EMBEDDED_NAME if embedded_default else str(name_or_path)
     )
+
+
+def _load_model(source: str, dtype: torch.dtype, options: Mapping[str, Any]) -> PreTrainedModel:
+    if dtype != torch.float16:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
+    _digests_before_rounding[model] = _digest(model)
+    return cast("Any", model).to(dtype)
+
+
+@contextmanager
+def _loading(part: str, source: str) -> Iterator[None]:
+    """Say which file is damaged: what the libraries raise names neither it nor what to do."""
+    try:
+        yield
+    except (OSError, ImportError, RuntimeError, TypeError):  # not there, a library is missing, no memory, wrong options
+        raise
+    except Exception as error:  # tokenizers and safetensors raise nothing more precise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"The model must be a causal LM with its tokenizer, whole, got {source!r}, whose {part} cannot be loaded: "
+            f"{reason} Fetch it again, or name another folder or hub id."
+        ) from error
 
 
 def resolve_device(device: str | torch.device | None) -> torch.device:
@@ -107,31 +136,38 @@ def resolve_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torc
     """The dtype to compute in: the given one, else bfloat16 where the device is fast at it, else float32.
 
     Raises:
-        ValueError: when the name is not a floating-point dtype of torch.
+        ValueError: when it is none that models compute in.
     """
     if dtype is None:
         fast = _cpu_multiplies_bfloat16() if device.type == "cpu" else device.type == "cuda"
         return torch.bfloat16 if fast else torch.float32
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(resolved, torch.dtype) or not resolved.is_floating_point:
-        raise ValueError(f"dtype must be a floating-point dtype such as 'float32' or 'bfloat16', got {dtype!r}.")
-    return resolved
+    if resolved not in _DTYPES:
+        raise ValueError(
+            f"dtype must be one of {', '.join(str(each).removeprefix('torch.') for each in _DTYPES)}, got {dtype!r}."
+        )
+    return cast("torch.dtype", resolved)
 
 
 def model_id(model: PreTrainedModel, name: str) -> str:
     """`name@digest`: 16 hex digits over a sample of every parameter, so that equal names cannot hide other weights.
 
-    The sample is read in bfloat16, so the same checkpoint has the same digest in either precision. A folder's
-    name is its last part: the same weights elsewhere on the disk are the same model.
+    The sample is read in bfloat16, so the same checkpoint has the same digest in every precision it is loaded in. (In
+    float16 it would be rounded twice: there it is taken of the weights as they lie on the disk.) A folder's name is its
+    last part.
     """
+    short = Path(name).name if Path(name).exists() else name
+    return f"{short}@{_digests_before_rounding.get(model) or _digest(model)}"
+
+
+def _digest(model: PreTrainedModel) -> str:
     digest = hashlib.sha256()
     for parameter_name, parameter in sorted(model.named_parameters()):
         flat = parameter.detach().reshape(-1)
         sample = flat[:: max(1, flat.numel() // _DIGEST_SAMPLES)][:_DIGEST_SAMPLES]
         digest.update(f"{parameter_name}{tuple(parameter.shape)}".encode())
         digest.update(sample.to("cpu", torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes())
-    short = Path(name).name if Path(name).exists() else name
-    return f"{short}@{digest.hexdigest()[:16]}"
+    return digest.hexdigest()[:16]
 
 
 def generator_id(model: str, reader: Path | None, positions: GeneratorPositions) -> str:
@@ -143,6 +179,15 @@ def generator_id(model: str, reader: Path | None, positions: GeneratorPositions)
         digest = hashlib.sha256((reader / "adapter_model.safetensors").read_bytes()).hexdigest()
         model = f"{model}+{digest[:16]}"
     return model if positions == "contiguous" else f"{model}~{positions}"
+
+
+def same_model(one: str, other: str) -> bool:
+    """Whether two ids are of the same weights, reader and way of reading, whatever the model is called.
+
+    >>> same_model("SmolLM2@9ec930d6", "a-copy@9ec930d6"), same_model("SmolLM2@9ec930d6", "SmolLM2@0f59d511")
+    (True, False)
+    """
+    return one.rpartition("@")[2] == other.rpartition("@")[2]
 
 
 def plain_id(generator: str) -> str:

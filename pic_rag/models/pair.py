@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pic_rag.models.backbone import Backbone, ModelRef, load_backbone, plain_id
+from pic_rag.models.backbone import Backbone, ModelRef, load_backbone, plain_id, same_model
 from pic_rag.models.checkpoint import Checkpoint
 
 
@@ -30,15 +30,18 @@ def load_models(
         ValueError: when a model is not the one the checkpoint was trained with.
     """
     load = partial(load_backbone, **loading)
-    one_model = _digest(checkpoint.base.id) == _digest(plain_id(checkpoint.generator.id))
+    one_model = same_model(checkpoint.base.id, plain_id(checkpoint.generator.id))
     argument = "generator" if one_model and not base_model else "base_model"
-    base = _load(load, argument, base_model or (generator if one_model else None) or checkpoint.base.name)
-    if _digest(base.ref.id) != _digest(checkpoint.base.id):
+    place = base_model or (generator if one_model else None)
+    base = _load(load, argument, place or checkpoint.base.name)
+    if not same_model(base.ref.id, checkpoint.base.id):
         raise ValueError(
             f"The base model must be {checkpoint.base.id!r}, which this compressor was trained on, got "
             f"{base.ref.id!r}. Pass the right folder or hub id as {argument}."
         )
-    return base, base if one_model else _load_generator(load, checkpoint.generator, generator)
+    if one_model and generator in (None, place):
+        return base, base
+    return base, _load_generator(load, checkpoint.generator, generator)
 
 
 def load_generator(
@@ -72,13 +75,9 @@ def _load(load: Callable[..., Backbone], argument: str, name_or_path: str | Path
 
 def _load_generator(load: Callable[..., Backbone], wanted: ModelRef, name_or_path: str | Path | None) -> Backbone:
     loaded = _load(load, "generator", name_or_path or wanted.name)
-    if _digest(loaded.ref.id) != _digest(plain_id(wanted.id)):
+    if not same_model(loaded.ref.id, plain_id(wanted.id)):
         raise ValueError(
             f"generator must be {wanted.id!r}, which the compressor makes memories for, got {loaded.ref.id!r}. "
             "Name the folder or hub id where the right model is."
         )
     return loaded
-
-
-def _digest(identity: str) -> str:
-    return identity.rpartition("@")[2]

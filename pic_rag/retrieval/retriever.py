@@ -23,6 +23,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
+from pic_rag.models.backbone import same_model
 from pic_rag.models.embedded import retriever_path
 from pic_rag.models.quiet import quiet_loading
 from pic_rag.prompts import check_unicode
@@ -224,7 +225,7 @@ class Retriever:
             device=device,
             batch_size=batch_size,
         )
-        if manifest["embedder"].rpartition("@")[2] != retriever.embedder.rpartition("@")[2]:
+        if not same_model(manifest["embedder"], retriever.embedder):
             raise RetrieverError(
                 f"The retriever in '{folder}' must be searched with the embedder that made it, "
                 f"'{manifest['embedder']}', got '{retriever.embedder}'. Pass that one as embedder=..., or add the "

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from pic_rag.compression.ratios import Ratio, descend, ratio_of_each
 from pic_rag.handles import HANDLE_PATTERN
-from pic_rag.memory import AtRest, Memory, MemoryFormatError
+from pic_rag.memory import AtRest, Memory, MemoryFormatError, check_at_rest
 from pic_rag.store.protocol import MemoryStore, check_store
 
 logger = logging.getLogger(__name__)
@@ -87,7 +87,8 @@ class MemoryCache:
         check_store(store)
         if not fingerprint:
             raise ValueError("fingerprint must not be empty, got ''. Pass the compressor's fingerprint.")
-        if not _NAMESPACE_PATTERN.fullmatch(namespace):
+        check_at_rest(at_rest)
+        if not isinstance(namespace, str) or not _NAMESPACE_PATTERN.fullmatch(namespace):
             raise ValueError(f"namespace must match {_NAMESPACE_PATTERN.pattern}, got {namespace!r}.")
         self.store = store
         self.fingerprint = fingerprint

@@ -61,7 +61,7 @@ class ShardStore:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         """Remember the folder; touch nothing."""
-        self.folder = Path(folder)
+        self.folder = Path(folder).absolute()
         self._lock = threading.RLock()
         self._shards: dict[str, _Shard] = {}  # by file name
         self._homes: dict[str, str] = {}  # key to the file name that holds its newest value

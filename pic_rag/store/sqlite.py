@@ -46,6 +46,7 @@ class SQLiteStore:
         self.timeout_s = timeout_s
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
+        self._file: tuple[int, int] | None = None  # that the connection is to
         self._immutable = False
         _survive_forks()
         _stores.add(self)
@@ -141,8 +142,11 @@ class SQLiteStore:
         """
         with self._lock:
             try:
+                if self._connection is not None and self._file != _file_id(self.path):
+                    self.close()  # moved away or replaced: what is written to the old file nobody would find
                 if self._connection is None:
                     self._connection = self._open()
+                    self._file = _file_id(self.path)
                 yield self._connection
                 if self._immutable:  # it may be written to from now on, which such a connection would not notice
                     self.close()
@@ -154,8 +158,9 @@ class SQLiteStore:
 
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        effective = os.access in os.supports_effective_ids
-        if self.path.is_file() and not os.access(self.path, os.W_OK, effective_ids=effective):
+        if self.path.is_file() and not (
+            _writable(self.path) and _writable(self.path.parent)
+        ):  # a log is to be beside it
             # Part of an image or of somebody else's installation. Without a log beside it nobody is writing to it, and
             # SQLite need not make one to read it.
             self._immutable = not self.path.with_name(f"{self.path.name}-wal").exists()
@@ -189,6 +194,19 @@ class SQLiteStore:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)
+
+
+def _writable(path: Path) -> bool:
+    return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
+
+
+def _file_id(path: Path) -> tuple[int, int] | None:
+    """What tells a file from another one of that name; None where there is none."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
 
 
 @functools.cache

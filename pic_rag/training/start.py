@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from pic_rag.encoder import PicEncoder
 from pic_rag.generation.engine import end_token_ids
-from pic_rag.models.backbone import Backbone, ModelRef, load_backbone
+from pic_rag.models.backbone import Backbone, ModelRef, load_backbone, same_model
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.models.quiet import quiet_loading
 from pic_rag.prompts import repeat_messages
@@ -95,7 +95,7 @@ def start_from(folder: str, base: ModelRef, encoder: PicEncoder, generator: PreT
         ValueError: when it is of another base model or has weights of other shapes, or such that are not finite.
     """
     start = Checkpoint.load(folder)
-    if start.base.id.rpartition("@")[2] != base.id.rpartition("@")[2]:
+    if not same_model(start.base.id, base.id):
         raise ValueError(f"init_from must be a compressor of {base.id!r}, got one of {start.base.id!r}.")
     require_finite(f"init_from={folder!r}", start.weights)
     _load_encoder(start, folder, encoder)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pic_rag.models.backbone import ModelRef
+from pic_rag.models.backbone import ModelRef, same_model
 from pic_rag.training.config import TrainConfig
 from pic_rag.training.guards import are_finite
 
@@ -87,7 +87,7 @@ def check_same(state: Mapping[str, Any], config: TrainConfig, base: ModelRef) ->
             f"{_difference(state['config'], identity(config))}. Choose another folder, or delete this one."
         )
     known = state.get("base", base.id)  # a state of an older pic-rag does not say
-    if _digest(known) != _digest(base.id):
+    if not same_model(known, base.id):
         raise ValueError(
             f"base_model must be {known!r}, which the run in {out!r} was begun with, got {base.id!r} at {base.name!r}. "
             "Put the right one there, or choose another out."
@@ -112,7 +112,3 @@ def _difference(made: Mapping[str, Any], now: Mapping[str, Any], where: str = ""
     if name == "pic":
         return _difference(made[name], now[name], "pic.")
     return f"{where}{name} was {was!r} and is {is_now!r}"
-
-
-def _digest(identity: str) -> str:
-    return identity.rpartition("@")[2]

@@ -406,7 +406,7 @@ def test_a_missing_folder_is_an_error(tmp_path):
         _load(tmp_path / "nowhere")
 
 
-def test_another_base_model_is_refused_by_name(trained_folder, tiny_model, tiny_tokenizer, tmp_path):
+def test_another_base_model_is_refused_by_name(trained_folder, base_folder, tiny_model, tiny_tokenizer, tmp_path):
     other = copy.deepcopy(tiny_model)
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(1.5)
@@ -414,6 +414,8 @@ def test_another_base_model_is_refused_by_name(trained_folder, tiny_model, tiny_
     tiny_tokenizer.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="The base model must be .*, which this compressor was trained on, got .*@"):
         _load(trained_folder, base_model=tmp_path)
+    with pytest.raises(ValueError, match="generator must be .*, which the compressor makes memories for, got .*@"):
+        _load(trained_folder, generator=tmp_path, base_model=base_folder)
 
 
 def test_a_base_model_that_has_moved_is_named_with_the_way_out(trained_folder, tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -34,7 +36,7 @@ def test_the_back_end_asked_for_is_used(folder, asked):
 
 @pytest.mark.parametrize("wrong", ["int8", "half32", torch.int64])
 def test_a_dtype_that_does_not_compute_is_refused(folder, wrong):
-    with pytest.raises(ValueError, match="dtype must be a floating-point dtype such as 'float32' or 'bfloat16', got"):
+    with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, float32, float64, got"):
         load_backbone(folder, dtype=wrong)
 
 
@@ -44,7 +46,26 @@ def test_a_device_that_is_not_here_is_refused(folder, wrong):
         load_backbone(folder, device=wrong)
 
 
-def test_the_id_is_that_of_the_weights_in_either_precision_and_any_folder(folder, tiny_model):
-    loaded = [load_backbone(folder, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16")]
-    assert {backbone.ref.id for backbone in loaded} == {model_id(tiny_model, folder.name)}
-    assert not loaded[0].model.training
+def test_the_id_is_that_of_the_weights_in_any_precision_and_any_folder(folder, tiny_model):
+    """Float16, too, which holds fewer small numbers than bfloat16, and rounds to others."""
+    loaded = {dtype: load_backbone(folder, device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16", "float16")}
+    assert {backbone.ref.id for backbone in loaded.values()} == {model_id(tiny_model, folder.name)}
+    assert [str(backbone.model.dtype).removeprefix("torch.") for backbone in loaded.values()] == list(loaded)
+    assert not loaded["float32"].model.training
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "part"),
+    [
+        ("model.safetensors", None, "weights"),
+        ("tokenizer.json", None, "tokenizer"),
+        ("tokenizer.json", "{}", "tokenizer"),
+        ("config.json", '{"model_type": "abacus"}', "weights"),
+    ],
+)
+def test_a_damaged_model_is_named_with_the_part_that_is(folder, tmp_path, file, content, part):
+    shutil.copytree(folder, tmp_path / "base")
+    damaged = tmp_path / "base" / file
+    damaged.write_bytes(damaged.read_bytes()[:100] if content is None else content.encode())
+    with pytest.raises(ValueError, match=f"got '.*base', whose {part} cannot be loaded: .*Fetch it again"):
+        load_backbone(tmp_path / "base")

@@ -97,14 +97,14 @@ class ChatPIC(ModelSettings, BaseChatModel):
     @model_validator(mode="after")
     def _check_pair(self) -> ChatPIC:
         if self.compressor is not None and self.generator is not None:
-            self._require_pair(self.generator)
+            self.generator.check_reads(self.get_checkpoint().generator.id)
         return self
 
     def get_generator(self) -> BaseGenerator:
         """The generator, loaded at the first call of any component with the same settings."""
         if self.generator is not None:
             if self.compressor is None:
-                self._require_pair(self.generator)
+                self.generator.check_reads(self.get_checkpoint().generator.id)
             return self.generator
         return shared_generator(self.get_checkpoint(), self.generator_name, **self.loading)
 
@@ -355,11 +355,3 @@ class ChatPIC(ModelSettings, BaseChatModel):
             "memory_tokens": generation.memory_tokens,
             "tokens_saved": tokens_saved,
         }
-
-    def _require_pair(self, generator: BaseGenerator) -> None:
-        wanted = self.get_checkpoint().generator.id
-        if wanted != generator.model_id:
-            raise ValueError(
-                f"generator must be {wanted!r}, which the compressor makes memories for, got {generator.model_id!r}. "
-                "Load it with reader=compressor.reader, or use a compressor trained for it."
-            )
