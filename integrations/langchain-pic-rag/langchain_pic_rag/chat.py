@@ -192,6 +192,8 @@ class ChatPIC(ModelSettings, BaseChatModel):
         Raises:
             UnknownHandleError: for a handle that it would not read.
         """
+        if not messages and not tools:  # memories that drop messages until the rest fits may have dropped all
+            return 0
         prompt = to_prompt(messages, [convert_to_openai_tool(tool) for tool in tools or ()])
         read, handles = self.signer.unsign(prompt)
         return self.get_generator().count_tokens(read, self._memories(handles))

@@ -31,8 +31,8 @@ def reads_handles(llm: object) -> bool:
 
     True for `ChatPIC`, also behind `bind`, `with_retry`, `with_config` and `with_fallbacks` (all of them must), and for
     a sequence with `PICRestore` or `ChatPIC` before any other LLM; a parallel step must do so in every branch that has
-    one. Another class says so with an attribute
-    `reads_handles = True`. What stands behind a lambda cannot be seen: that is False.
+    one. Another class says so with `reads_handles: ClassVar[bool] = True`; the guard finds it only at the top of its
+    module. What stands behind a lambda cannot be seen: that is False.
     """
     return _reads(llm) is True
 
@@ -51,6 +51,9 @@ def _reads(step: object) -> bool | None:
         return all(kinds) if kinds else None
     if getattr(step, "reads_handles", False) is True:
         return True
+    field = getattr(step, "model_fields", {}).get("reads_handles")  # of a class that declares it without ClassVar
+    if field is not None and isinstance(step, type):
+        return field.default is True
     return False if isinstance(step, BaseLanguageModel) else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from langchain_pic_rag.guard import reads_handles
 from langchain_pic_rag.restoring import PICRestore
 from langchain_pic_rag.texts import content_handles, map_content
 from pic_rag import HandleSigner, find_handles
+
+logger = logging.getLogger(__name__)
 
 
 class PICMiddleware(AgentMiddleware):
@@ -56,7 +59,7 @@ class PICMiddleware(AgentMiddleware):
 
         Raises:
             ValueError: the model cannot read handles and `fallback` is "error", or a tool that is not one of
-                `handle_tools` answers with handles.
+                `handle_tools` answers with nothing but handles.
         """
         return handler(request.override(messages=self._prepare(request)))
 
@@ -95,13 +98,15 @@ class PICMiddleware(AgentMiddleware):
         """The message with the handles that may be read: those of trusted tools, signed anew, and no others."""
         if self._is_trusted(message):
             return message.model_copy(update={"content": map_content(message, lambda text: _renew(text, signer))})
-        if isinstance(message, ToolMessage):
-            for handle in content_handles(message):
-                if signer.verify(handle, any_age=True):
-                    raise ValueError(
-                        f"handle_tools must name each tool that answers with handles, got one from {message.name!r}: "
-                        f"{handle}. Add its name, or give that tool a retriever that does not compress."
-                    )
+        signed = [handle for handle in content_handles(message) if signer.verify(handle, any_age=True)]
+        if signed and isinstance(message, ToolMessage):
+            remedy = "Add its name, or give that tool a retriever that does not compress."
+            if _is_handles_alone(message):
+                raise ValueError(
+                    f"handle_tools must name each tool that answers with handles, got one from {message.name!r}: "
+                    f"{signed[0]}. {remedy}"
+                )
+            logger.warning("Handles in what %r answers are text to the model. %s", message.name, remedy)
         return escape(message)
 
     def _compresses(self, message: AnyMessage) -> bool:
@@ -119,6 +124,14 @@ def _renew(text: str, signer: HandleSigner) -> str:
         if handle := signer.verify(signed, any_age=True):
             text = text.replace(signed, signer.sign(handle))
     return text
+
+
+def _is_handles_alone(message: ToolMessage) -> bool:
+    """As a retriever of compressed documents answers; beside other text a handle may be what somebody typed."""
+    text = str(message.text)
+    for handle in find_handles(text):
+        text = text.replace(handle, "")
+    return not text.strip()
 
 
 def _is_text(message: ToolMessage) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.vectorstores import VectorStoreRetriever
 from pydantic import ConfigDict, Field
 
 import pic_rag
@@ -41,19 +43,28 @@ class PICRetriever(BaseRetriever):
         self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
     ) -> list[Document]:
         refuse_handles(query)
-        limit = _limit(self.k if k is None else k)
-        found = self.base_retriever.invoke(query, {"callbacks": run_manager.get_child()}, **limit)
-        kept = found[: limit.get("k")]
+        k = self.k if k is None else k
+        found = self.base_retriever.invoke(query, {"callbacks": run_manager.get_child()}, **self._limit(k))
+        kept = found[:k]
         return list(self.base_compressor.compress_documents(kept, query, callbacks=run_manager.get_child()))
 
     async def _aget_relevant_documents(
         self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None
     ) -> list[Document]:
         refuse_handles(query)
-        limit = _limit(self.k if k is None else k)
-        found = await self.base_retriever.ainvoke(query, {"callbacks": run_manager.get_child()}, **limit)
-        kept = found[: limit.get("k")]
+        k = self.k if k is None else k
+        found = await self.base_retriever.ainvoke(query, {"callbacks": run_manager.get_child()}, **self._limit(k))
+        kept = found[:k]
         return list(await self.base_compressor.acompress_documents(kept, query, callbacks=run_manager.get_child()))
+
+    def _limit(self, k: int | None) -> dict[str, int]:
+        """What the base retriever is told of `k`, where that is its own number of results.
+
+        One that passes it on to others would have a reranker choose among `k` documents; it is cut afterwards.
+        """
+        own = inspect.signature(self.base_retriever._get_relevant_documents).parameters
+        takes = isinstance(self.base_retriever, VectorStoreRetriever) or "k" in own
+        return {"k": k} if takes and k is not None else {}
 
 
 class PassageRetriever(BaseRetriever):
@@ -105,11 +116,6 @@ class PassageRetriever(BaseRetriever):
             )
             for hit in self.retriever.search(query, self.k if k is None else k)
         ]
-
-
-def _limit(k: int | None) -> dict[str, int]:
-    """What is passed on to the base retriever; one that knows no `k` ignores it or is cut afterwards."""
-    return {} if k is None else {"k": k}
 
 
 def _to_pic(document: Document, number: int) -> pic_rag.Document:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from llama_index.core import Settings
+from llama_index.core import Settings, get_response_synthesizer
+from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.evaluation import FaithfulnessEvaluator
-from llama_index.core.llms import ChatMessage, MockLLM
-from llama_index.core.query_engine import CitationQueryEngine
-from llama_index.core.response_synthesizers import ResponseMode
+from llama_index.core.llms import LLM, ChatMessage, MockLLM
+from llama_index.core.query_engine import CitationQueryEngine, CustomQueryEngine
+from llama_index.core.response_synthesizers import BaseSynthesizer, ResponseMode
+from llama_index.core.schema import MetadataMode
 from llama_index.llms.pic_rag import PICLLM
 from llama_index.postprocessor.pic_rag import PICCompressor
 
@@ -46,6 +48,40 @@ class TextLLM(MockLLM):
 @pytest.fixture
 def recording(tiny_compressor, tiny_generator, store) -> RecordingLLM:
     return RecordingLLM(compressor=tiny_compressor, generator=tiny_generator, store=store, max_new_tokens=8)
+
+
+class OwnEngine(CustomQueryEngine):
+    """A query engine as LlamaIndex's documentation has users write them."""
+
+    retriever: BaseRetriever
+    compressor: PICCompressor
+    llm: LLM | None = None
+    response_synthesizer: BaseSynthesizer | None = None
+
+    def custom_query(self, query_str: str):
+        nodes = self.compressor.postprocess_nodes(self.retriever.retrieve(query_str), query_str=query_str)
+        if self.response_synthesizer is not None:
+            return str(self.response_synthesizer.synthesize(query_str, nodes))
+        return str(self.llm.complete("\n\n".join(node.get_content(MetadataMode.LLM) for node in nodes)))
+
+
+@pytest.mark.parametrize("part", ["llm", "response_synthesizer"])
+def test_the_llm_of_an_engine_of_ones_own_is_known(index, compressor, recording, part, monkeypatch):
+    """Whatever the settings name."""
+
+    def ask(llm, **settings):
+        answering = llm if part == "llm" else get_response_synthesizer(llm=llm)
+        own = compressor.model_copy(update=settings)
+        return OwnEngine(retriever=index.as_retriever(), compressor=own, **{part: answering}).query("Who?")
+
+    text_llm = TextLLM()
+    monkeypatch.setattr(Settings, "_llm", text_llm)
+    ask(recording)
+    assert find_handles(recording.seen)
+    monkeypatch.setattr(Settings, "_llm", recording)
+    ask(text_llm, fallback="text")
+    assert text_llm.seen
+    assert not find_handles(str(text_llm.seen))
 
 
 @pytest.mark.parametrize("mode", list(ResponseMode))

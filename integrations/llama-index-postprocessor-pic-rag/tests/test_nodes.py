@@ -299,3 +299,12 @@ def test_settings_survive_json_without_the_objects(compressor):
 def test_a_path_is_no_store(tiny_compressor, nodes):
     with pytest.raises(ValueError, match=r"store must be .*, got 'x.sqlite'. For a file pass pic_rag.SQLiteStore"):
         PICCompressor(compressor=tiny_compressor, store="x.sqlite").postprocess_nodes(nodes)
+
+
+def test_what_holds_models_is_not_pickled_without_them(compressor, llm):
+    """LlamaIndex would leave them out, and the copy would load others."""
+    for component in (compressor.model_copy(update={"generator": llm.generator}), llm):
+        with pytest.raises(TypeError, match="must name its models to be pickled, got a Generator"):
+            pickle.dumps(component)
+        assert component.generator is llm.generator
+    assert pickle.loads(pickle.dumps(PICCompressor(ratio=8))).ratio == 8

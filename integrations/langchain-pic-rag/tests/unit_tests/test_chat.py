@@ -299,8 +299,10 @@ def test_all_that_an_answer_depends_on_is_in_the_key_of_the_llm_cache(chat, chan
 
 
 def test_a_compressor_and_a_generator_that_do_not_belong_together_are_refused(tiny_compressor, tiny_generator):
-    other = Generator(tiny_generator.model, tiny_generator.tokenizer, name="another")
-    with pytest.raises(ValueError, match="generator must be"):
+    other = Generator(tiny_generator.model, tiny_generator.tokenizer, name="tiny", generator_positions="spread")
+    with pytest.raises(
+        ValueError, match="generator must be .*, which the compressor makes memories for, got .*~spread"
+    ):
         ChatPIC(compressor=tiny_compressor, generator=other)
 
 
@@ -429,3 +431,8 @@ def test_no_message_is_an_error_that_says_so(chat):
 def test_text_that_is_not_unicode_is_an_error_that_says_so(chat):
     with pytest.raises(ValueError, match="prompt must be valid Unicode, got a lone surrogate"):
         chat.invoke("What is \ud800?")
+
+
+def test_no_messages_take_no_tokens(chat):
+    """Memories that drop messages until the rest fits may drop all of them."""
+    assert chat.get_num_tokens_from_messages([]) == 0

@@ -13,10 +13,13 @@ from langchain_classic.retrievers import ContextualCompressionRetriever
 from langchain_classic.retrievers.document_compressors import DocumentCompressorPipeline
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.documents import Document
+from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.load import dumpd, load
+from langchain_core.retrievers import BaseRetriever
 from langchain_core.stores import InMemoryByteStore
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
+from langchain_core.vectorstores import InMemoryVectorStore
 from langchain_pic_rag import (
     ChatPIC,
     PICByteStore,
@@ -222,6 +225,38 @@ def test_the_trace_shows_how_many_tokens_were_saved_and_whose_child_the_run_is(c
         memory_tokens = sum(-(-len(document.page_content) // 4) for document in documents)
         assert run.outputs["tokens_saved"] == text_tokens - memory_tokens
     assert run.outputs["cached_documents"] == len(documents)
+
+
+class Passing(BaseRetriever):
+    """Passes its arguments on to a retriever and reorders what that finds, as a reranker's does."""
+
+    base: BaseRetriever
+
+    def _get_relevant_documents(self, query, *, run_manager, **kwargs):
+        return self.base.invoke(query, **kwargs)[::-1]
+
+
+class Filtering(BaseRetriever):
+    """Has an argument of its own, and no `k`."""
+
+    found: list
+
+    def _get_relevant_documents(self, query, *, run_manager, kind=None):
+        return self.found
+
+
+def test_k_cuts_what_is_found_and_reaches_only_a_retriever_whose_own_number_it_is(compressor, documents):
+    store = InMemoryVectorStore.from_documents(documents, DeterministicFakeEmbedding(size=8))
+    one = store.as_retriever(search_kwargs={"k": 1})
+    for retriever, expected in (
+        (one, store.similarity_search("q", k=3)),
+        (Passing(base=store.as_retriever(search_kwargs={"k": 4})), store.similarity_search("q", k=4)[::-1][:3]),
+        (Filtering(found=documents), documents[:3]),
+    ):
+        made = PICRetriever(base_compressor=compressor, base_retriever=retriever, k=3)
+        for shown in (made.invoke("q"), asyncio.run(made.ainvoke("q"))):
+            restored = restore_documents(shown, store=compressor.store)
+            assert [document.page_content for document in restored] == [each.page_content for each in expected]
 
 
 def test_ratios_go_to_documents_by_their_rank(compressor, documents):

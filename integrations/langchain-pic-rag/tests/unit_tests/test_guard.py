@@ -52,6 +52,12 @@ def test_who_reads_handles_is_seen_through_the_usual_wrappers(chat, store):
     assert [reads_handles(llm) for llm in others] == [False] * len(others)
 
 
+class PassingToo(FakeListChatModel):
+    """The same, said as a field of pydantic's."""
+
+    reads_handles: bool = True
+
+
 @pytest.mark.parametrize("llm", [PLAIN, FakeListLLM(responses=["yes"])])
 def test_the_guard_stops_handles_before_any_other_llm_and_lets_all_else_pass(compressor, documents, chat, llm):
     handle = compressor.compress_documents(documents, "q")[0].page_content
@@ -90,10 +96,11 @@ def test_nothing_that_somebody_types_stops_another_chain(compressor, documents):
         assert PLAIN.invoke(typed).content == "yes"
 
 
-def test_a_model_that_says_it_reads_handles_gets_them(compressor, documents):
+@pytest.mark.parametrize("kind", [Passing, PassingToo])
+def test_a_model_that_says_it_reads_handles_gets_them(compressor, documents, kind):
     handle = compressor.compress_documents(documents, "q")[0].page_content
     for config in ({}, {"callbacks": [HandleGuard()]}):
-        assert Passing(responses=["yes"]).invoke(handle, config).content == "yes"
+        assert kind(responses=["yes"]).invoke(handle, config).content == "yes"
 
 
 def test_the_watch_forgets_the_oldest_handles(monkeypatch):

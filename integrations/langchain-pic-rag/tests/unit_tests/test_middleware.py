@@ -123,6 +123,22 @@ def test_a_tool_that_answers_with_handles_has_to_be_named(calling, compressor, b
         run(agent, "?", "sync")
 
 
+def test_a_handle_that_another_tool_echoes_is_text_to_the_model(calling, compressor, documents, caplog):
+    """A user pastes one that they were shown, and a search says that it found nothing for it."""
+    from langchain_pic_rag import PICMiddleware
+
+    handle = compressor.compress_documents(documents, "q")[0].page_content
+
+    @tool
+    def search(query: str) -> str:
+        """Search the archive."""
+        return f"No results for {handle}."
+
+    agent = agents.create_agent(calling, [search], middleware=[PICMiddleware(compressor)])
+    assert run(agent, handle, "sync")[-1].usage_metadata["input_token_details"]["memory"] == 0
+    assert "Handles in what 'search' answers are text to the model." in caplog.text
+
+
 def test_a_conversation_that_is_resumed_after_days_reads_its_tools_handles(calling, compressor, documents, monkeypatch):
     from langchain_pic_rag import PICMiddleware
 

@@ -100,6 +100,19 @@ class PICLLM(LLM):
             )
         return values
 
+    def __getstate__(self) -> dict[str, Any]:
+        """LlamaIndex deletes what cannot be pickled, here as well, and the copy would load another one in its place."""
+        given = {name: getattr(self, name) for name in ("generator", "compressor")}
+        state = super().__getstate__()
+        for name, model in given.items():
+            if name not in state["__dict__"]:
+                self.__dict__.update(given)
+                raise TypeError(
+                    f"{type(self).__name__} must name its models to be pickled, got a {type(model).__name__}. "
+                    "Give model_name and generator_name in its place."
+                )
+        return state
+
     @classmethod
     def class_name(cls) -> str:
         """The component's name in serialised form."""

@@ -16,6 +16,7 @@ from llama_index.core.base.base_query_engine import BaseQueryEngine
 from llama_index.core.base.llms.base import BaseLLM
 from llama_index.core.chat_engine.types import BaseChatEngine
 from llama_index.core.llms.structured_llm import StructuredLLM
+from llama_index.core.response_synthesizers.base import BaseSynthesizer
 from llama_index.core.response_synthesizers.context_only import ContextOnly
 from llama_index.core.response_synthesizers.no_text import NoText
 
@@ -27,10 +28,10 @@ class Nobody:
 def find_reader() -> BaseLLM | Nobody | None:
     """Who will read the nodes, as far as can be known. Call it in the thread and task that the engine called in."""
     engine = _calling_engine()
-    synthesizer = getattr(engine, "_response_synthesizer", None)
+    synthesizer = _part(engine, "response_synthesizer", BaseSynthesizer)
     if isinstance(synthesizer, (ContextOnly, NoText)):
         return Nobody()
-    reader = getattr(synthesizer or engine, "_llm", None)
+    reader = _part(synthesizer or engine, "llm", BaseLLM)
     if reader is None:
         reader = Settings._llm  # Settings.llm would load OpenAI's when none is set
     return reader if isinstance(reader, BaseLLM) else None
@@ -50,6 +51,12 @@ def reads_memories(llm: BaseLLM) -> bool:
 def unwrap(llm: BaseLLM) -> BaseLLM:
     """The LLM inside `as_structured_llm`'s wrapper."""
     return llm.llm if isinstance(llm, StructuredLLM) else llm
+
+
+def _part(owner: object, name: str, kind: type) -> object | None:
+    """What an engine answers with: LlamaIndex's own keep it in a private attribute, custom ones in a public field."""
+    parts = (getattr(owner, attribute, None) for attribute in (f"_{name}", name))
+    return next((part for part in parts if isinstance(part, kind)), None)
 
 
 def _calling_engine() -> BaseQueryEngine | BaseChatEngine | None:

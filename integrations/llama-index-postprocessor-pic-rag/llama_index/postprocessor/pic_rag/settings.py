@@ -85,6 +85,19 @@ class CompressionSettings(BaseModel):
             )
         return values
 
+    def __getstate__(self) -> dict[str, Any]:
+        """LlamaIndex deletes what cannot be pickled, here as well, and the copy would load another one in its place."""
+        given = {name: getattr(self, name) for name in ("compressor", "generator")}
+        state = super().__getstate__()
+        for name, model in given.items():
+            if name not in state["__dict__"]:
+                self.__dict__.update(given)
+                raise TypeError(
+                    f"{type(self).__name__} must name its models to be pickled, got a {type(model).__name__}. "
+                    "Give model_name in its place."
+                )
+        return state
+
     def get_compressor(self) -> Compressor:
         """The compressor: the one given, or one that all components with the same settings share."""
         if self.compressor is not None:
