@@ -20,10 +20,11 @@ from pic_rag.generation.generator import Generator
 from pic_rag.handles import escape_handles
 from pic_rag.memory import Memory
 from pic_rag.models import embedded
+from pic_rag.models.sharing import shared_checkpoint
 from pic_rag.prompts import rag_messages
-from pic_rag.retrieval.documents import Document, DocumentError, load_documents, real_path
+from pic_rag.retrieval.documents import Document, DocumentError, find_documents, load_documents, real_path
 from pic_rag.retrieval.index_folder import damaged, write_file
-from pic_rag.retrieval.passages import origin
+from pic_rag.retrieval.passages import Passage, origin
 from pic_rag.retrieval.retriever import Hit, Retriever
 from pic_rag.store import STORE_FILE, MemoryCache, MemoryStore, SQLiteStore
 
@@ -158,15 +159,23 @@ class PicRag:
 
         Raises:
             FileNotFoundError: when there is no index.
+            ValueError: when its compressor has no name and none is given.
             RetrieverError: when it is damaged.
         """
         path = Path(folder) / SETTINGS_FILE
         if not path.is_file():
             raise FileNotFoundError(f"folder must be an index that PicRag.save wrote, got {str(folder)!r}.")
         try:
-            loading.setdefault("compressor", json.loads(path.read_text(encoding="utf-8"))["compressor"])
-        except (ValueError, KeyError, TypeError) as error:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            name, named = settings["compressor"], settings.get("named", True)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise damaged(Path(folder), f"an unreadable '{SETTINGS_FILE}' ({error})") from error
+        if not named and "compressor" not in loading:
+            raise ValueError(
+                f"compressor must be given for the index {str(folder)!r}, got none: it was made with one that has no "
+                "name. Pass the folder that you have saved it in by save_pretrained."
+            )
+        loading.setdefault("compressor", name)
         device = _device_name(loading.get("device"))
         retriever = Retriever.load(folder, loading.pop("embedder", None), device=device)
         rag = cls._around(retriever, **loading)
@@ -200,10 +209,14 @@ class PicRag:
         name = self.compressor.name
         if name is not None and Path(name).is_dir():
             name = str(Path(name).resolve())  # the index may be opened from another folder
-        settings = {"compressor": name}
+        settings = {"compressor": name, "named": name is not None or self._has_shipped_compressor}
         write_file(target / SETTINGS_FILE, f"{json.dumps(settings, indent=2)}\n".encode())
         if not self._own_store:
             self._keep_in(target)
+
+    @property
+    def _has_shipped_compressor(self) -> bool:
+        return self.compressor.fingerprint == shared_checkpoint().fingerprint
 
     def _keep_in(self, folder: Path) -> None:
         """Memories go to, and come from, the store of an index folder."""
@@ -222,16 +235,27 @@ class PicRag:
         """Index text, Markdown and PDF files and folders of them; returns what could not be read, and why.
 
         The index then says what these paths say now: a changed file is indexed again, and one that was indexed before
-        but is gone or cannot be read any more is forgotten.
+        but is gone or cannot be read any more is forgotten. A file in a folder that does not lead to it, since it is
+        hidden or behind a link, stays as it was indexed.
         """
         paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
         loaded = load_documents(paths, progress=progress)
         self.add(loaded.documents, progress=progress)
         known = {origin(document) for document in loaded.documents}
-        roots = [Path(place) for path in paths for place in (os.path.abspath(path), real_path(path))]
-        self.retriever.remove_where(
-            lambda passage: origin(passage) not in known and _is_under(passage.metadata.get("path"), roots)
-        )
+        sources = {document.source for document in loaded.documents}
+        reached = {real_path(item) for item in find_documents(paths) if isinstance(item, Path)}
+        roots = [Path(place) for path in paths if os.fspath(path) for place in (os.path.abspath(path), real_path(path))]
+
+        def is_outdated(passage: Passage) -> bool:
+            source, path = origin(passage)
+            if path is None or (source, path) in known:
+                return False
+            gone = not os.path.exists(path)
+            if _is_under(path, roots):
+                return gone or real_path(path) in reached
+            return gone and source in sources  # its folder has moved
+
+        self.retriever.remove_where(is_outdated)
         return loaded.problems
 
     def ask(
@@ -385,10 +409,8 @@ def _device_name(device: str | torch.device | None) -> str | None:
     return None if device is None else str(device)
 
 
-def _is_under(path: str | None, roots: Sequence[Path]) -> bool:
-    """Whether a passage came from a file in one of these folders, or from one of these files."""
-    if path is None:
-        return False
+def _is_under(path: str, roots: Sequence[Path]) -> bool:
+    """Whether a file is in one of these folders, or is one of these files."""
     places = (Path(path), Path(real_path(Path(path).parent), Path(path).name))
     return any(place.is_relative_to(root) for place in places for root in roots)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import os
@@ -227,6 +228,22 @@ def test_ask_json_is_one_object_with_exactly_these_keys(docs, options, capsys) -
     assert [set(document) for document in values["documents"]] == [keys, keys]
     assert values["documents"][0]["memory_tokens"] == 8
     assert values["prompt_tokens"] < values["text_prompt_tokens"]
+
+
+@pytest.mark.parametrize("form", [[], ["--json"]])
+def test_an_answer_is_not_lost_where_the_output_cannot_write_its_letters(docs, options, monkeypatch, form) -> None:
+    def ask(encoding: str) -> str:
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+        assert main(["ask", QUESTION, "--docs", str(docs), "--max-new-tokens", "40", *form, *options]) == 0
+        return written.getvalue().decode(encoding)
+
+    whole, plain = ask("utf-8"), ask("ascii")
+    assert not whole.isascii()
+    if form:
+        assert json.loads(plain)["answer"] == json.loads(whole)["answer"]
+    else:
+        assert plain == whole.encode("ascii", "backslashreplace").decode()
 
 
 def test_an_index_is_made_used_and_extended(docs, options, tmp_path, capsys) -> None:

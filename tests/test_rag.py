@@ -233,6 +233,46 @@ def test_an_index_says_what_its_files_say_now(folder, tmp_path) -> None:
     assert len(rag.retriever) == 2
 
 
+def test_an_empty_path_forgets_nothing(folder, tmp_path, monkeypatch) -> None:
+    """Of an unset variable: it is not the current folder."""
+    (tmp_path / "page.md").write_text("A page.")
+    monkeypatch.chdir(tmp_path)
+    rag = build(folder, tmp_path / "memories.sqlite", {})
+    rag.add_files(["page.md"])
+    assert len(rag.add_files([""])) == 1
+    assert len(rag.retriever) == 1
+
+
+def test_what_a_folder_does_not_lead_to_is_not_forgotten(folder, tmp_path) -> None:
+    for name in ("docs", "elsewhere"):
+        (tmp_path / name).mkdir()
+    for name, text in zip(("docs/.hidden.md", "docs/shown.md", "elsewhere/page.md"), TEXTS.values(), strict=True):
+        (tmp_path / name).write_text(text)
+    (tmp_path / "docs" / "link").symlink_to(tmp_path / "elsewhere")
+    rag = build(folder, tmp_path / "memories.sqlite", {})
+    rag.add_files([tmp_path / "docs" / ".hidden.md", tmp_path / "docs" / "link"])
+    rag.add_files(tmp_path / "docs")
+    assert len(rag.retriever) == 3
+    (tmp_path / "docs" / ".hidden.md").unlink()
+    rag.add_files(tmp_path / "docs")
+    assert len(rag.retriever) == 2
+
+
+def test_files_of_one_name_in_two_folders_do_not_share_what_both_say(folder, tmp_path, monkeypatch) -> None:
+    rag = build(folder, tmp_path / "memories.sqlite", {})
+    for name in ("a", "b", "b"):
+        (tmp_path / name).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / name)
+        Path("notes.md").write_text("Another text." if len(rag.retriever) > 1 else "What both say.")
+        rag.add_files(["notes.md"])
+    assert [passage.text for passage in rag.retriever.passages] == ["What both say.", "Another text."]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "moved")
+    monkeypatch.chdir(tmp_path / "moved")
+    rag.add_files(["notes.md"])
+    assert sorted(Path(passage.metadata["path"]).parent.name for passage in rag.retriever.passages) == ["b", "moved"]
+
+
 def test_a_link_that_leads_elsewhere_now_is_followed_and_what_it_led_to_is_forgotten(folder, tmp_path) -> None:
     for name, text in zip(("v1", "v2"), TEXTS.values(), strict=False):
         (tmp_path / name).mkdir()
@@ -292,6 +332,18 @@ def test_an_index_is_the_same_after_save_and_load(folder, tmp_path) -> None:
     assert not any(document.cached for document in other.ask(QUESTION, max_new_tokens=2).documents)
     other.save(tmp_path / "another index")  # memories stay in a store of one's own
     assert all(document.cached for document in other.ask(QUESTION, max_new_tokens=2).documents)
+
+
+def test_an_index_made_with_a_compressor_without_a_name_asks_for_it(folder, tmp_path) -> None:
+    """The shipped compressor, which has none either, would answer otherwise."""
+    named = PicRag.from_pretrained(folder / "compressor", embedder=str(folder / "embedder"), **LOADING)
+    compressor = Compressor(named.compressor.checkpoint, named.compressor.encoder, named.compressor.tokenizer)
+    PicRag(named.retriever, compressor, named.generator).save(tmp_path / "index")
+    with pytest.raises(ValueError, match="compressor must be given for the index .*, got none.*save_pretrained"):
+        PicRag.load(tmp_path / "index", embedder=str(folder / "embedder"), **LOADING)
+    assert PicRag.load(
+        tmp_path / "index", compressor=folder / "compressor", embedder=str(folder / "embedder"), **LOADING
+    )
 
 
 def test_an_index_opens_from_another_working_folder(folder, tmp_path, monkeypatch) -> None:

@@ -7,6 +7,7 @@ import what they need when they run, so that `pic-rag --help` answers at once.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 import traceback
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("stdout", "stderr"):  # None where the caller has closed it
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115 - for the whole process
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):  # an answer is not lost for one letter
+            stream.reconfigure(errors="backslashreplace")
     try:
         with shown_warnings(debug=args.debug):
             code = int(args.run(args))

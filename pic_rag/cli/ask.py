@@ -90,7 +90,8 @@ def run(args: argparse.Namespace) -> int:
             print(piece if printed else piece.lstrip(), end="", flush=True)
             printed = printed or bool(piece.strip())
     if args.json:
-        print(json.dumps(answer.to_dict(), ensure_ascii=False, indent=2))
+        as_it_is = (sys.stdout.encoding or "").lower().replace("-", "").startswith("utf")
+        print(json.dumps(answer.to_dict(), ensure_ascii=not as_it_is, indent=2))
         return 0
     print("" if live else answer.answer, flush=True)
     if not args.quiet:
@@ -104,6 +105,8 @@ def _check_options(args: argparse.Namespace) -> None:
     """Leave with a usage error where something is missing or contradicts something else."""
     if not args.docs and not _is_index(args.index):
         args.usage_error("name documents with --docs, or an index that exists with --index")
+    if args.index is not None and args.index.is_file():
+        args.usage_error(f"--index must be a folder, got the file {str(args.index)!r}")
     if not args.question.strip():
         args.usage_error("QUESTION must hold at least one word, got none")
     if args.min_fidelity is not None and args.mode != "pic":

@@ -17,6 +17,7 @@ from pic_rag.cli.options import (
     new_folder,
     positive,
     progress,
+    require_matplotlib,
 )
 
 
@@ -49,6 +50,7 @@ def add_parser(commands: Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, write, print."""
+    require_matplotlib()
     compressor = load_compressor(args)
     from pic_rag.benchmark.runner import benchmark
     from pic_rag.evaluation.systems import Systems

@@ -15,11 +15,13 @@ from pic_rag.cli.options import (
     load_compressor,
     named_path,
     positive,
+    require_matplotlib,
 )
 from pic_rag.config import PRESETS, PicConfig
 
 if TYPE_CHECKING:
     from pic_rag.compression.compressor import Compressor
+
 _RENDERED_PLACES = 64  # wider text than that does not fit a terminal
 _EXAMPLE_CHUNKS = 2
 
@@ -48,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     """Draw both."""
     from pic_rag.inspection import draw_attention, draw_mask, mask_pattern, slot_attention
 
+    require_matplotlib()
     text = read(args.text)
     compressor = load_compressor(args, attn_implementation="eager")
     config = _config(compressor, args.preset)

@@ -6,7 +6,16 @@ import argparse
 from pathlib import Path
 
 from pic_rag.cli.console import calm_libraries, say
-from pic_rag.cli.options import Commands, add_command, minutes, named_path, names, progress, show_bars
+from pic_rag.cli.options import (
+    Commands,
+    add_command,
+    minutes,
+    named_path,
+    names,
+    progress,
+    require_matplotlib,
+    show_bars,
+)
 from pic_rag.study.config import CONFIGS, StudyConfig
 
 
@@ -37,6 +46,7 @@ def add_parser(commands: Commands) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train what is not trained yet, then report."""
     _check_usage(args)
+    require_matplotlib()
     folder = args.report
     if folder is None:
         from pic_rag.study.runner import run_study

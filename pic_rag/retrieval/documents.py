@@ -60,7 +60,13 @@ class Document:
 
     @classmethod
     def from_text(cls, text: str, *, source: str, metadata: Mapping[str, Any] | None = None) -> Document:
-        """Make a document whose id is a hash of its source and its text: the same both, the same id."""
+        """Make a document whose id is a hash of its source and its text: the same both, the same id.
+
+        Raises:
+            TypeError: `text` is not a string.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, got {type(text).__name__} for {source!r}. Decode it first.")
         digest = hashlib.sha256(f"{source}\0{text}".encode("utf-8", "surrogatepass")).hexdigest()
         return cls(id=digest[:32], text=text, source=source, metadata=dict(metadata or {}))
 
@@ -209,6 +215,9 @@ def _read_text(path: Path) -> tuple[str, dict[str, Any]]:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:
         got = f"byte 0x{data[error.start]:02x} at position {error.start}"
+        if encoding != "utf-8-sig":  # its byte order mark says so
+            rule = f"be whole {encoding.upper()} text"
+            raise DocumentError(_label(path), rule, got, "Copy the file again, it may be cut.") from error
         next_step = "Convert it, for example: iconv -f WINDOWS-1252 -t UTF-8."
         raise DocumentError(_label(path), "be UTF-8 text", got, next_step) from error
     return text.replace("\r\n", "\n").replace("\r", "\n"), {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from filelock import FileLock
 
 MANIFEST = "retriever.json"
 FORMAT_VERSION = 1
+_NAME_DIGITS = 16  # of the hash of its content, in a data file's name
 
 
 class RetrieverError(ValueError):
@@ -71,23 +73,36 @@ def write_folder(
             write_file(folder / name, data)
         write_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
         for stem, suffix in (name.split(".") for name in files):
-            for path in folder.glob(f"{stem}.*.{suffix}*"):
-                if path.name not in named:
+            written = re.compile(rf"{stem}\.[0-9a-f]{{{_NAME_DIGITS}}}\.{suffix}(\.partial)?")
+            for path in folder.iterdir():
+                if written.fullmatch(path.name) and path.name not in named:
                     path.unlink()
         return read_state(folder)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """What `write_folder` was given as settings, and `files`.
+def read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, bytes]]:
+    """One state of a folder, whole: its `read_state`, what `write_folder` was given as settings, and its data by stem.
 
     Raises:
-        RetrieverError: the folder holds no retriever, or one of another format.
+        RetrieverError: the folder holds no retriever, one of another format, or a file that is not as it was written.
     """
+    while True:
+        try:
+            written = (folder / MANIFEST).read_bytes()
+        except FileNotFoundError as error:
+            raise damaged(folder, f"no '{MANIFEST}'") from error
+        manifest = _parse(folder, written)
+        try:
+            return _sha256(written), manifest, {stem: _read(folder, manifest, stem) for stem in manifest["files"]}
+        except RetrieverError:
+            if read_state(folder) == _sha256(written):
+                raise  # else somebody has saved meanwhile, and the files are those of the newer state
+
+
+def _parse(folder: Path, written: bytes) -> dict[str, Any]:
     try:
-        manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        manifest: dict[str, Any] = json.loads(written)
         version = manifest["format_version"]
-    except FileNotFoundError as error:
-        raise damaged(folder, f"no '{MANIFEST}'") from error
     except (ValueError, KeyError, TypeError) as error:
         raise damaged(folder, f"an unreadable '{MANIFEST}' ({error})") from error
     if version != FORMAT_VERSION:
@@ -95,15 +110,13 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     missing = {"embedder", "passage_characters", "overlap_characters", "files"} - manifest.keys()
     if missing:
         raise damaged(folder, f"a '{MANIFEST}' without '{min(missing)}'")
+    if not isinstance(manifest["files"], dict):
+        raise damaged(folder, f"a '{MANIFEST}' without names of files")
     return manifest
 
 
-def read_file(folder: Path, manifest: Mapping[str, Any], stem: str) -> bytes:
-    """A data file, checked.
-
-    Raises:
-        RetrieverError: it is not there, or not as it was written.
-    """
+def _read(folder: Path, manifest: Mapping[str, Any], stem: str) -> bytes:
+    """A data file, checked."""
     try:
         record = manifest["files"][stem]
         data = (folder / Path(record["name"]).name).read_bytes()
@@ -126,7 +139,7 @@ def damaged(folder: Path, got: str) -> RetrieverError:
 
 def _content_name(name: str, data: bytes) -> str:
     stem, suffix = name.split(".")
-    return f"{stem}.{_sha256(data)[:16]}.{suffix}"
+    return f"{stem}.{_sha256(data)[:_NAME_DIGITS]}.{suffix}"
 
 
 def _sha256(data: bytes) -> str:

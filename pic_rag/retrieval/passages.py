@@ -30,7 +30,7 @@ class Passage:
         text: the piece.
         source: the document's.
         metadata: the document's, and `start_character`: where the piece starts in the document.
-        hash: of source and text; a passage of the same hash is kept once.
+        hash: of origin and text; a passage of the same hash is kept once.
     """
 
     id: str
@@ -42,7 +42,7 @@ class Passage:
     def __post_init__(self) -> None:
         """Fill in the hash."""
         if not self.hash:
-            content = f"{self.source}\0{self.text}".encode("utf-8", "surrogatepass")
+            content = "\0".join((*filter(None, origin(self)), self.text)).encode("utf-8", "surrogatepass")
             object.__setattr__(self, "hash", hashlib.sha256(content).hexdigest())
 
 

@@ -31,9 +31,7 @@ from pic_rag.retrieval.documents import Document
 from pic_rag.retrieval.index_folder import (
     RetrieverError,
     damaged,
-    read_file,
-    read_manifest,
-    read_state,
+    read_folder,
     write_folder,
 )
 from pic_rag.retrieval.passages import OVERLAP_CHARACTERS, PASSAGE_CHARACTERS, Passage, PassageSplitter, origin
@@ -136,7 +134,13 @@ class Retriever:
         return len(fresh)
 
     def remove(self, sources: Iterable[str]) -> int:
-        """Forget all passages of some sources; returns how many those were."""
+        """Forget all passages of some sources; returns how many those were.
+
+        Raises:
+            TypeError: `sources` is one string.
+        """
+        if isinstance(sources, str):
+            raise TypeError(f"sources must be a list of sources, got the string {sources!r}. Pass [source].")
         named = set(sources)
         return self.remove_where(lambda passage: passage.source in named)
 
@@ -217,7 +221,10 @@ class Retriever:
             RetrieverError: the folder holds no retriever, a damaged one, or one that another embedder made.
         """
         folder = Path(folder)
-        state, manifest = read_state(folder), read_manifest(folder)
+        state, manifest, files = read_folder(folder)
+        for stem in ("index", "passages"):
+            if stem not in files:
+                raise damaged(folder, f"no {stem}")
         retriever = cls(
             embedder,
             passage_characters=manifest["passage_characters"],
@@ -231,8 +238,13 @@ class Retriever:
                 f"'{manifest['embedder']}', got '{retriever.embedder}'. Pass that one as embedder=..., or add the "
                 "documents again."
             )
-        index = faiss.deserialize_index(np.frombuffer(read_file(folder, manifest, "index"), dtype=np.uint8))
-        lines = read_file(folder, manifest, "passages").splitlines()
+        index = faiss.deserialize_index(np.frombuffer(files["index"], dtype=np.uint8))
+        lines = files["passages"].splitlines()
+        if index.d != retriever._index.d:
+            raise RetrieverError(
+                f"The retriever in '{folder}' must be searched with embeddings of {index.d} numbers, as it was made "
+                f"with, got {retriever._index.d}. Pass the same embedder as embedder=..., or add the documents again."
+            )
         if index.ntotal != len(lines):
             raise damaged(folder, f"{index.ntotal} embeddings for {len(lines)} passages")
         retriever._states[folder.absolute()] = state

@@ -45,6 +45,12 @@ def test_a_text_file_is_a_document(tmp_path: Path, suffix: str) -> None:
     assert loaded.problems == []
 
 
+def test_a_text_that_was_cut_inside_a_letter_is_not_taken_for_another_encoding(tmp_path: Path) -> None:
+    (tmp_path / "cut.txt").write_bytes("A harbour.".encode("utf-16")[:-1])
+    with pytest.raises(DocumentError, match="must be whole UTF-16 text, got byte .* it may be cut"):
+        load_documents(tmp_path / "cut.txt", on_error="raise")
+
+
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
 def test_a_byte_order_mark_is_obeyed_and_dropped(tmp_path: Path, encoding: str) -> None:
     (tmp_path / "a.txt").write_bytes("naïve".encode(encoding))

@@ -12,6 +12,7 @@ from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
 from pic_rag.questions import read_rows
+from pic_rag.retrieval import index_folder
 from pic_rag.retrieval.documents import Document, load_documents
 from pic_rag.retrieval.retriever import Hit, Passage, Retriever, RetrieverError
 
@@ -160,12 +161,16 @@ def test_what_is_added_after_load_stays_aligned(
 
 
 def test_save_replaces_its_own_files_and_leaves_others(retriever: Retriever, tmp_path: Path) -> None:
-    (tmp_path / "memories.sqlite").write_text("another room's")
+    others = {"memories.sqlite", "passages.train.jsonl", "passages.2026.jsonl.bak", "index.my.faiss"}
+    for name in others:
+        (tmp_path / name).write_text("another's")
     retriever.save(tmp_path)
     retriever.add([Document.from_text("The port sleeps.", source="port.md")])
     retriever.save(tmp_path)
-    names = sorted(path.name.split(".")[0] + path.suffix for path in tmp_path.iterdir())
-    assert names == ["index.faiss", "memories.sqlite", "passages.jsonl", "retriever.json", "retriever.lock"]
+    own = {path.name for path in tmp_path.iterdir()} - others
+    assert len(list(tmp_path.iterdir())) == len(others) + 4
+    names = sorted(name.split(".")[0] + Path(name).suffix for name in own)
+    assert names == ["index.faiss", "passages.jsonl", "retriever.json", "retriever.lock"]
 
 
 def test_a_save_that_fails_leaves_the_old_state(
@@ -193,6 +198,38 @@ def test_another_embedder_is_refused_by_name(retriever: Retriever, tmp_path: Pat
     retriever.save(tmp_path)
     with pytest.raises(RetrieverError, match=r"embedder that made it, 'custom@.*got 'custom@.*embedder="):
         Retriever.load(tmp_path, build_embedder(seed=1))
+
+
+def test_embeddings_of_another_width_are_refused(retriever: Retriever, tmp_path: Path) -> None:
+    """The same weights, cut short."""
+    retriever.save(tmp_path)
+    short = build_embedder(seed=0)
+    short.truncate_dim = 32
+    with pytest.raises(RetrieverError, match="must be searched with embeddings of 64 numbers.* got 32"):
+        Retriever.load(tmp_path, short)
+
+
+def test_a_retriever_that_is_saved_again_while_it_is_loaded_is_loaded_whole(
+    retriever: Retriever, embedder: SentenceTransformer, tmp_path: Path, monkeypatch
+) -> None:
+    retriever.save(tmp_path)
+    read = index_folder._read
+
+    def saving_first(*arguments):
+        monkeypatch.setattr(index_folder, "_read", read)
+        retriever.add([Document.from_text("The port sleeps.", source="port.md")])
+        retriever.save(tmp_path)
+        return read(*arguments)
+
+    monkeypatch.setattr(index_folder, "_read", saving_first)
+    loaded = Retriever.load(tmp_path, embedder)
+    assert loaded.passages == retriever.passages
+    loaded.save(tmp_path)  # what was loaded is what is there
+
+
+def test_one_source_alone_is_not_taken_for_its_letters(retriever: Retriever) -> None:
+    with pytest.raises(TypeError, match="sources must be a list of sources, got the string 'frogs.md'"):
+        retriever.remove("frogs.md")
 
 
 def test_an_embedder_is_known_by_its_weights_not_by_its_path(
