@@ -265,7 +265,10 @@ class BaseGenerator:
         loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
 
         def pass_on(piece: str) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            try:
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+            except RuntimeError:  # the loop was closed: nobody reads on, and others may share the batch
+                completion.abandoned = True
 
         completion = self._completion(sampling, on_text=pass_on)
         decoding = asyncio.ensure_future(self._adecode([assembled], [completion], sampling))
@@ -317,7 +320,7 @@ class BaseGenerator:
     ) -> Completion:
         return Completion(
             self.tokenizer,
-            end_token_ids=self._engine.end_token_ids,
+            end_token_ids=self._engine.end_token_ids | _special_ids(self.tokenizer, sampling.stop),
             max_new_tokens=sampling.max_new_tokens,
             stop=sampling.stop,
             on_text=on_text,
@@ -327,6 +330,8 @@ class BaseGenerator:
 
 def by_handle(memories: Iterable[Memory] | Mapping[str, Memory]) -> Mapping[str, Memory]:
     """The memories by their handles."""
+    if isinstance(memories, Memory):
+        raise TypeError("memories must be a list of memories, got one. Pass [memory].")
     return memories if isinstance(memories, Mapping) else {memory.handle: memory for memory in memories}
 
 
@@ -334,6 +339,8 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts, from one prompt or many. Nothing at all is a batch of none, not a chat of none."""
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, Mapping):
+        raise TypeError(f"prompts must be a text, a list of messages, or a list of those, got {prompts!r}. Pass [it].")
     one_chat = bool(prompts) and isinstance(prompts[0], Mapping)
     return cast("list[Prompt]", [prompts] if one_chat else list(prompts))
 
@@ -344,6 +351,14 @@ def groups(assembled: Sequence[Assembled], batch_size: int) -> Iterator[list[int
         kind = [at for at, prompt in enumerate(assembled) if (prompt.memory_tokens > 0) is with_memories]
         kind.sort(key=lambda at: assembled[at].prompt_tokens, reverse=True)
         yield from (kind[start : start + batch_size] for start in range(0, len(kind), batch_size))
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str]) -> frozenset[int]:
+    """Stop strings that are special tokens, which no text shows."""
+    if not stop:
+        return frozenset()
+    added = tokenizer.added_tokens_decoder.items()
+    return frozenset(token_id for token_id, token in added if token.special and token.content in stop)
 
 
 def _generation(assembled: Assembled, completion: Completion) -> Generation:

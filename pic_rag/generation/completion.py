@@ -86,7 +86,7 @@ class Completion:
         self.cached_tokens = 0  # rows of its prompt that were not read again
         self.finish_reason: FinishReason | None = None
         self.abandoned = False  # set by a reader that went away, perhaps from another thread
-        self._end_token_ids = end_token_ids
+        self.end_token_ids = end_token_ids
         self._max_new_tokens = max_new_tokens
         self._stop = stop
         self._on_text = on_text
@@ -113,7 +113,7 @@ class Completion:
     def push(self, token_id: int) -> None:
         """Take the next token."""
         self.token_ids.append(token_id)
-        if token_id in self._end_token_ids:
+        if token_id in self.end_token_ids:
             self._close("stop")
         else:
             self._take(self._detokenizer.push(token_id))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.nn.functional import cross_entropy, pad
@@ -32,6 +33,10 @@ from pic_rag.generation.turns import Turns
 
 BATCH_PROMPTS = 8
 """Prompts that are decoded together by default."""
+
+_locks: WeakKeyDictionary[PreTrainedModel, threading.Lock] = WeakKeyDictionary()
+"""One a model: a reader changes its weights while it is on, also below other engines of the same model."""
+_making_lock = threading.Lock()
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,11 +98,13 @@ class Engine:
         if head is not None and _compact not in head._forward_pre_hooks.values():
             head.register_forward_pre_hook(_compact)
         self._prefixes = PrefixCache(prefix_cache_bytes) if prefix_cache_bytes and supports_reuse(model) else None
-        self._lock = threading.Lock()
+        with _making_lock:
+            self._lock = _locks.setdefault(model, threading.Lock())
         self._turns = Turns(self._run, self._joins)
-        # Any id will do: padding is masked, and what follows an end token is not read.
+        # Any id of the model's will do: padding is masked, and what follows an end token is not read.
         padding = tokenizer.pad_token_id
-        self._pad_token_id = min(self.end_token_ids, default=0) if padding is None else padding
+        known = padding is not None and padding < len(model.get_input_embeddings().weight)
+        self._pad_token_id = padding if known else min(self.end_token_ids, default=0)
 
     def decode(self, batch: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling) -> None:
         """Run the model until every completion is finished, together with alike calls that wait, with `merge_calls`.

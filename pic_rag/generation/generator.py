@@ -174,6 +174,7 @@ class Generator(BaseGenerator):
             UnknownHandleError: see `generate`.
             ValueError: see `generate`; the target counts as `max_new_tokens`.
         """
+        batch_size = self._check_batch_size(batch_size)
         known = by_handle(memories)
         assembled = [self._assemble(prompt, known, len(ids)) for prompt, ids in zip(prompts, targets, strict=True)]
         scores: list[torch.Tensor] = [torch.empty(0)] * len(assembled)

@@ -149,12 +149,14 @@ def supports_reuse(model: PreTrainedModel) -> bool:
 def cut_blocks(prompt: Assembled) -> Iterator[Block]:
     """The blocks of a prompt. Their names tell embeddings and positions apart as the generator sees them.
 
-    Embeddings in its own dtype; positions of memories, from which those of text follow.
+    Embeddings in its own dtype; positions of memories, from which those of text follow. The device counts as well: what
+    was read before the generator was moved lies on another.
     """
-    dtype = next(prompt.token_embeddings.parameters()).dtype
+    weight = next(prompt.token_embeddings.parameters())
+    dtype, root = weight.dtype, str(weight.device).encode()
     position_ids = prompt.position_ids
     is_memory = (prompt.token_ids == MEMORY_ROW).tolist()
-    name, start, end = b"", 0, 0
+    name, start, end = root, 0, 0
     for memory in filter(_has_rows, prompt.memories):
         first = is_memory.index(True, end)
         if end and first - end >= GAP_ROWS:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral
+from numbers import Integral, Real
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+_GREEDY_BELOW = 1e-6  # scores divided by less than that are beyond float32
 
 
 @dataclass(frozen=True)
@@ -16,8 +18,8 @@ class Sampling:
 
     Attributes:
         max_new_tokens: length in tokens at which an answer ends in any case.
-        stop: strings that end an answer and are not part of it.
-        temperature: 0 decodes greedily.
+        stop: strings that end an answer and are not part of it; None: none.
+        temperature: 0, or less than a millionth, decodes greedily.
         top_p: probability mass that tokens are drawn from, in (0, 1].
         seed: of the draws; None takes a new one from the operating system.
     """
@@ -34,19 +36,20 @@ class Sampling:
                 f"max_new_tokens must be a whole number of at least 1, got {self.max_new_tokens!r}. "
                 "Ask for one token or more."
             )
-        if isinstance(self.stop, str) or not all(self.stop):
+        if self.stop is None:  # as OpenAI's clients have it
+            object.__setattr__(self, "stop", ())
+        if isinstance(self.stop, str) or not all(isinstance(each, str) and each for each in self.stop):
             raise ValueError(f"stop must be a list of non-empty strings, got {self.stop!r}. Write stop=['END'].")
-        if not 0.0 <= self.temperature < float("inf"):
+        if not isinstance(self.temperature, Real) or not 0.0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}. Use 0 to decode greedily.")
-        if not 0.0 < self.top_p <= 1.0:
+        if not isinstance(self.top_p, Real) or not 0.0 < self.top_p <= 1.0:
             raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}. Use 1 to keep every token.")
-
         if self.seed is not None and not (isinstance(self.seed, int) and 0 <= self.seed < 2**63):
             raise ValueError(f"seed must be a whole number from 0 to 2**63 - 1, got {self.seed!r}. Use None for any.")
 
     def processors(self, prompts: int, device: torch.device) -> LogitsProcessorList:
         """What `model.generate` applies to the scores of a batch of `prompts`; nothing when greedy."""
-        if self.temperature == 0.0:
+        if self.temperature < _GREEDY_BELOW:
             return LogitsProcessorList()
         nucleus = [TopPLogitsWarper(self.top_p)] if self.top_p < 1.0 else []
         draw = SeededDraw(self.seed, prompts, device)

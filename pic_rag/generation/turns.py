@@ -118,8 +118,13 @@ class Turns(Generic[R]):
 
     def _settle(self, group: list[_Ticket[R]], error: Exception | None = None) -> None:
         """Mark a group as done, but for requests that have a second try after an error."""
-        again = [ticket for ticket in group if error and len(group) > 1 and not ticket.request.started]
         with self._changed:
+            again = [
+                ticket
+                for ticket in group
+                # one that is no longer wanted may have no thread any more that would take its turn
+                if error and len(group) > 1 and not ticket.request.started and not ticket.request.finished
+            ]
             self._waiting[:0] = again
             for ticket in group:
                 ticket.alone = ticket in again

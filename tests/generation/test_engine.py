@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import threading
 import time
@@ -210,6 +211,51 @@ def test_the_end_of_a_stream_does_not_wait_for_the_batch_either(generator: Gener
     assert "".join(pieces) == full.text[:2]
     assert short < long
     assert held.batches == [1, 2]
+
+
+def test_two_generators_of_one_model_take_turns(generator: Generator) -> None:
+    """A reader of one of them would be on in the answers of the other."""
+    other = Generator(generator.model, generator.tokenizer, name="tiny")
+    with ThreadPoolExecutor(2) as threads, gate(generator) as held:
+        first = threads.submit(generator.generate, "First?", max_new_tokens=2)
+        assert held.held.wait(20)
+        second = threads.submit(other.generate, "Second?", max_new_tokens=2)
+        time.sleep(0.2)
+        assert held.batches == [1]
+        held.open.set()
+        assert first.result(20)
+        assert second.result(20)
+
+
+def test_a_padding_token_that_the_model_has_no_row_for_is_not_used(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_special_tokens({"pad_token": "[ANOTHER]"})
+    assert tokenizer.pad_token_id >= tiny_model.config.vocab_size
+    prompts = ["Who?", "And who was it then?"]
+    padded, plain = (Generator(tiny_model, each, name="tiny") for each in (tokenizer, tiny_tokenizer))
+    assert padded.generate(prompts, max_new_tokens=4) == plain.generate(prompts, max_new_tokens=4)
+
+
+def test_a_stream_whose_event_loop_was_closed_harms_no_call_beside_it(generator: Generator) -> None:
+    async def begin() -> Any:
+        pieces = generator.astream("Who was it, and when?", max_new_tokens=16)
+        await anext(pieces)
+        return pieces
+
+    loop = asyncio.new_event_loop()
+    with ThreadPoolExecutor(2) as threads, gate(generator) as held:
+        begun = threads.submit(loop.run_until_complete, begin())
+        assert held.held.wait(20)
+        held.open.set()
+        stream = begun.result(20)
+        held.open.clear()
+        loop.close()
+        beside = threads.submit(generator.generate, "Who was it, and where?", max_new_tokens=16)
+        held.open.set()
+        assert beside.result(20)[0].completion_tokens == 16
+    assert stream is not None
 
 
 def test_an_error_reaches_the_caller_it_belongs_to(generator: Generator) -> None:

@@ -23,6 +23,7 @@ from pic_rag.generation.answering import Generation
 from pic_rag.generation.completion import Completion, Detokenizer
 from pic_rag.generation.generator import Generator
 from pic_rag.generation.reader import Reader
+from pic_rag.generation.sampling import Sampling
 from pic_rag.handles import UnknownHandleError, escape_handles, find_handles
 from pic_rag.memory import Memory, hash_text
 
@@ -157,6 +158,18 @@ def test_a_stop_string_across_tokens_ends_the_answer_before_it(
     assert "".join(generator.stream(prompt, [memory], max_new_tokens=40, stop=[stop])) == generation.text
 
 
+def test_a_special_token_stops_as_a_stop_string(generator: Generator) -> None:
+    """Its text is never shown, so it has to be known by its id."""
+    special = "<|im_start|>"
+    ids = generator.tokenizer(f"said{special}user", add_special_tokens=False).input_ids
+    for stop, text in ((["END", special], "said"), (["END"], "saiduser")):
+        completion = generator._completion(Sampling(max_new_tokens=len(ids), stop=stop))
+        for token_id in ids:
+            if not completion.finished:
+                completion.push(token_id)
+        assert completion.text == text
+
+
 def test_a_stop_string_in_the_prompt_stops_nothing(generator: Generator) -> None:
     assert generator.generate("END Who? EN", max_new_tokens=6, stop=["END"])[0].completion_tokens == 6
 
@@ -271,6 +284,9 @@ def test_draws_follow_the_models_probabilities(generator: Generator) -> None:
         ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"stop": [""]}, "stop must be a list of non-empty strings"),
+        ({"stop": [5]}, "stop must be a list of non-empty strings, got .5."),
+        ({"temperature": None}, "temperature must be 0 or more, got None"),
+        ({"top_p": None}, "top_p must be above 0 and at most 1, got None"),
         ({"stop": "END"}, "stop must be a list of non-empty strings, got 'END'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"seed": 2**70}, "seed must be a whole number from 0 to"),

@@ -132,6 +132,14 @@ def test_answers_are_those_of_reading_everything(
     assert reused == {0} if request.node.callspec.params["pair"] in WITHOUT_REUSE else len(reused) > 3
 
 
+def test_what_was_read_on_another_device_is_not_found(generator: Generator, memories: list[Memory]) -> None:
+    assembled = assemble(generator, make_prompts(*memories)[0], memories)
+    moved = dataclasses.replace(assembled, token_embeddings=copy.deepcopy(assembled.token_embeddings).to("meta"))
+    here, there = ([block.name for block in cut_blocks(each)] for each in (assembled, moved))
+    assert here
+    assert not set(here) & set(there)
+
+
 def test_what_a_batch_has_read_is_kept_of_each_prompt(generator: Generator, memories: list[Memory]) -> None:
     prompts = make_prompts(*memories)
     forgetting = Generator(generator.model, generator.tokenizer, name="tiny", prefix_cache_bytes=0)

@@ -162,3 +162,27 @@ def test_a_job_that_is_finished_early_lets_its_thread_go(line: Line) -> None:
     assert not leader.done()
     done.set()
     leader.result(10)
+
+
+def test_a_job_that_has_left_a_group_that_fails_holds_up_nobody(line: Line) -> None:
+    """Its thread is gone: were it put back in line, nobody would take its turn."""
+    jobs = [Job("a"), Job("a")]
+    _, leader, gone = line.submit_behind(jobs)
+    left = threading.Event()
+
+    def fail(group: list[Job]) -> None:
+        jobs[1].finished = True
+        line.turns.wake()
+        assert left.wait(10)
+        raise ValueError("bad group")
+
+    line.turns._run = fail
+    line.go.set()
+    gone.result(10)
+    left.set()
+    with pytest.raises(ValueError, match="bad group"):
+        leader.result(10)
+    line.turns._run = line.run
+    later = Job("b")
+    line.threads.submit(line.turns.take, later).result(10)
+    assert later.finished

@@ -12,6 +12,7 @@ import base64
 import dataclasses
 import io
 import json
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -339,9 +340,60 @@ def test_a_server_that_reads_other_tokens_is_found_out(server: WireServer, gener
     server.replies = [other]
     with pytest.raises(ValueError, match="must read the prompt's 4 rows as they are meant, got 2"):
         generator.generate("Who?")
-    server.replies = [fail(200)]  # an answer without token ids, as of a server that is no vLLM
+    server.replies = [lambda handler, _: handler.send_json({"choices": [{}]})]  # as of a server that is no vLLM
     with pytest.raises(ValueError, match="must read the prompt's 4 rows as they are meant, got 0"):
         generator.generate("Who?")
+
+
+@pytest.mark.parametrize("body", [{"error": {"message": "engine dead"}}, "engine dead", ["engine dead"]])
+def test_an_answer_of_another_form_is_shown(body: Any, server: WireServer, generator: VLLMGenerator) -> None:
+    server.replies = [lambda handler, _: handler.send_json(body)]
+    for ask in (generator.generate, lambda prompt: list(generator.stream(prompt))):
+        with pytest.raises((ValueError, ConnectionError)):
+            ask("Who?")
+    with pytest.raises(ValueError, match="must be that of a vLLM server, .* without choices: .*engine dead"):
+        generator.generate("Who?")
+
+
+def test_an_answer_that_is_cut_is_a_connection_error(server: WireServer, generator: VLLMGenerator) -> None:
+    def cut(handler: Handler, _: object) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", "12")
+        handler.end_headers()
+        handler.wfile.write(b'{"choices": ')
+
+    server.replies = [cut]
+    with pytest.raises(ConnectionError, match="must answer in JSON"):
+        generator.generate("Who?")
+
+
+def test_a_page_for_people_is_no_vllm_server(server: WireServer, checkpoint: Checkpoint, monkeypatch) -> None:
+    def page(handler: Handler) -> None:
+        handler.send_response(200)
+        handler.send_header("Content-Type", "text/html")
+        handler.send_header("Content-Length", "15")
+        handler.end_headers()
+        handler.wfile.write(b"<p>Log in</p>\n\n")
+
+    monkeypatch.setattr(Handler, "do_GET", page)
+    with pytest.raises(ValueError, match="url must be that of a vLLM server, got .*no list of models"):
+        VLLMGenerator.connect(server.url, checkpoint)
+    with pytest.raises(ValueError, match="url must begin with http:// or https://, got 'localhost:8000'"):
+        VLLMGenerator.connect("localhost:8000", checkpoint)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_process_connects_anew(server: WireServer, generator: VLLMGenerator) -> None:
+    server.replies = [answer(ids_of(generator, "yes" + END))]
+    assert generator.generate("?")[0].text == "yes"
+    context = multiprocessing.get_context("fork")
+    said = context.Queue()
+    child = context.Process(target=lambda: said.put(generator.generate("?")[0].text))
+    child.start()
+    assert said.get(timeout=30) == "yes"
+    child.join(30)
+    assert generator.generate("?")[0].text == "yes"
 
 
 def test_nothing_wrong_is_sent(server: WireServer, generator: VLLMGenerator, memory: Memory) -> None:

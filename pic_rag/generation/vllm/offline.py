@@ -57,7 +57,7 @@ class OfflineEngine:
             waiting: dict[str, Completion] = {}
             try:
                 for prompt, completion in zip(prompts, completions, strict=True):
-                    waiting[self._add(prompt, sampling)] = completion
+                    waiting[self._add(prompt, sampling, completion)] = completion
                 while waiting:
                     for output in engine.step():
                         completion = waiting[output.request_id]
@@ -74,7 +74,7 @@ class OfflineEngine:
         """`decode` for coroutines, in a thread."""
         await asyncio.to_thread(self.decode, prompts, completions, sampling)
 
-    def _add(self, prompt: Assembled, sampling: Sampling) -> str:
+    def _add(self, prompt: Assembled, sampling: Sampling, completion: Completion) -> str:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
@@ -82,7 +82,7 @@ class OfflineEngine:
             max_tokens=sampling.max_new_tokens,
             detokenize=False,
             output_kind=RequestOutputKind.DELTA,
-            **sampling_settings(sampling, self.end_token_ids),
+            **sampling_settings(sampling, completion.end_token_ids),
         )
         number = str(next(self._numbers))
         reading = prompt.memory_tokens > 0

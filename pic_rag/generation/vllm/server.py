@@ -7,11 +7,13 @@ Retries, back-off, `Retry-After`, timeouts and event streams are the openai clie
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import threading
 import weakref
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pic_rag.assembler import Assembled
@@ -57,14 +59,15 @@ class ServerEngine:
         timeout_s: float,
         retries: int,
     ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError(f"url must begin with http:// or https://, got {url!r}. Write http://{url}.")
         self.url = url.rstrip("/").removesuffix("/v1")
         self.end_token_ids = end_token_ids
         self._generator = generator
         self._reader = reader
-        self._client = _client(f"{self.url}/v1", api_key, timeout_s, retries)
-        self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="pic-rag-vllm", daemon=True).start()
-        weakref.finalize(self, self._loop.call_soon_threadsafe, self._loop.stop)
+        self._make_client = partial(_client, f"{self.url}/v1", api_key, timeout_s, retries)
+        self._starting = threading.Lock()
+        self._start()
         self.context_tokens = self._submit(self._check_models()).result()
 
     def decode(self, prompts: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling, /) -> None:
@@ -81,8 +84,19 @@ class ServerEngine:
         """`decode` for coroutines; cancelling it ends the requests."""
         await asyncio.wrap_future(self._submit(self._answer_all(prompts, completions, sampling)))
 
+    def _start(self) -> None:
+        """Connections, and a thread for them, of this process."""
+        self._process = os.getpid()
+        self._client = self._make_client()
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="pic-rag-vllm", daemon=True).start()
+        weakref.finalize(self, _stop, self._client, self._loop)
+
     def _submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._starting:
+            if self._process != os.getpid():  # threads do not survive a fork
+                self._start()
+            return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     async def _check_models(self) -> int:
         """Find both names among those served; returns the server's longest context in tokens."""
@@ -90,6 +104,8 @@ class ServerEngine:
             served = {model.id: model async for model in self._client.models.list()}
         except _failures() as error:
             raise _explained(error, self.url) from error
+        except (AttributeError, KeyError, TypeError, ValueError) as error:  # a page for people, say
+            raise _no_vllm(self.url, "an answer that is no list of models") from error
         missing = sorted({self._generator, self._reader} - served.keys())
         if missing:
             raise ValueError(
@@ -98,7 +114,7 @@ class ServerEngine:
             )
         card = served[self._generator].model_extra or {}
         if "max_model_len" not in card:
-            raise ValueError(f"url must be that of a vLLM server, got {self.url!r}, whose models say no max_model_len.")
+            raise _no_vllm(self.url, "models without max_model_len")
         return int(card["max_model_len"])
 
     async def _answer_all(
@@ -117,7 +133,7 @@ class ServerEngine:
             prompt,
             sampling,
             model=self._reader if prompt.memory_tokens else self._generator,
-            end_token_ids=self.end_token_ids,
+            end_token_ids=completion.end_token_ids,
             stream=completion.streamed,
         )
         try:
@@ -127,6 +143,8 @@ class ServerEngine:
                 await self._fetch(prompt, completion, request)
         except _failures() as error:
             raise _explained(error, self.url) from error
+        except json.JSONDecodeError as error:
+            raise ConnectionError(f"The server at {self.url} must answer in JSON, got: {error}. Ask again.") from error
         if not completion.finished:
             raise ConnectionError(
                 f"The server at {self.url} must finish its answer, got {len(completion.token_ids)} tokens and then "
@@ -135,9 +153,10 @@ class ServerEngine:
 
     async def _fetch(self, prompt: Assembled, completion: Completion, request: dict[str, Any]) -> None:
         answer: Any = await self._client.post("/chat/completions", body=request, cast_to=object)
+        [choice, *_] = _choices(answer, self.url) or [{}]
         check_prompt(prompt, answer.get("prompt_token_ids") or ())
         completion.cached_tokens = _cached_tokens(answer)
-        _feed(completion, answer["choices"][0])
+        _feed(completion, choice)
 
     async def _stream(self, prompt: Assembled, completion: Completion, request: dict[str, Any]) -> None:
         import openai
@@ -148,13 +167,39 @@ class ServerEngine:
         async with chunks:  # leaving it early closes the connection, which ends the server's work
             checked = False
             async for chunk in chunks:
+                choices = _choices(chunk, self.url)
                 if not checked:  # the first one says what was read
                     check_prompt(prompt, chunk.get("prompt_token_ids") or ())
                     checked = True
-                for choice in chunk["choices"]:
+                for choice in choices:
                     _feed(completion, choice)
                 if completion.finished:
                     return
+
+
+def _choices(answer: Any, url: str) -> list[dict[str, Any]]:  # noqa: ANN401 - whatever was sent
+    """The answers in what a server sent."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list):
+        said = answer.get("error", answer) if isinstance(answer, dict) else answer
+        raise _no_vllm(url, f"an answer without choices: {str(said)[:200]!r}")
+    return choices
+
+
+def _no_vllm(url: str, got: str) -> ValueError:
+    return ValueError(
+        f"url must be that of a vLLM server, got {url!r}, which gives {got}. Start one with `pic-rag serve`."
+    )
+
+
+def _stop(client: openai.AsyncOpenAI, loop: asyncio.AbstractEventLoop) -> None:
+    """Close the connections, then end the loop, and with it its thread."""
+
+    async def close() -> None:
+        await client.close()
+        loop.stop()
+
+    asyncio.run_coroutine_threadsafe(close(), loop)
 
 
 def _feed(completion: Completion, choice: dict[str, Any]) -> None:
