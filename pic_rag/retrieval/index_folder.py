@@ -46,7 +46,7 @@ def write_folder(
 
     Args:
         folder: made if it is not there.
-        settings: JSON values for `read_manifest`.
+        settings: JSON values that `read_folder` gives back.
         files: data by name, such as `index.faiss`.
         known: the `read_state` that this one follows; None: it replaces whatever is there.
 
