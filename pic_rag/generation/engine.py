@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -103,7 +103,7 @@ class Engine:
         self._turns = Turns(self._run, self._joins)
         # Any id of the model's will do: padding is masked, and what follows an end token is not read.
         padding = tokenizer.pad_token_id
-        known = padding is not None and padding < len(model.get_input_embeddings().weight)
+        known = padding is not None and padding < len(cast("torch.Tensor", model.get_input_embeddings().weight))
         self._pad_token_id = padding if known else min(self.end_token_ids, default=0)
 
     def decode(self, batch: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling) -> None:
