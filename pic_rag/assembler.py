@@ -21,7 +21,7 @@ from pic_rag.config import GeneratorPositions
 from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, replace_handles, split_handles
 from pic_rag.memory import Memory
 from pic_rag.models.backbone import same_model
-from pic_rag.prompts import check_unicode
+from pic_rag.prompts import check_unicode, map_texts
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """Text, or chat messages: a role and a content that is a string or a list of `{"type": "text", "text": ...}` parts."""
@@ -221,25 +221,17 @@ def restore(prompt: Prompt, texts: Mapping[str, str]) -> Prompt:
     Raises:
         UnknownHandleError: when a handle is not in `texts`.
     """
+
+    def put_back(text: str) -> str:
+        used = {handle: escape_handles(texts[handle]) for handle in find_handles(text) if handle in texts}
+        return replace_handles(text, used)
+
     if isinstance(prompt, str):
-        used = {handle: escape_handles(texts[handle]) for handle in find_handles(prompt) if handle in texts}
-        return replace_handles(prompt, used)
-    return [_restore_message(message, texts) for message in prompt]
-
-
-def _restore_message(message: Mapping[str, Any], texts: Mapping[str, str]) -> dict[str, Any]:
-    content = message.get("content")
-    if not content:
-        return dict(message)
-    parts = [content] if isinstance(content, str) else content
-    restored = [_restore_part(part, texts) for part in parts]
-    return {**message, "content": restored[0] if isinstance(content, str) else restored}
-
-
-def _restore_part(part: str | Mapping[str, Any], texts: Mapping[str, str]) -> object:
-    if isinstance(part, str):
-        return restore(part, texts)
-    return {**part, "text": restore(part["text"], texts)} if "text" in part else part
+        return put_back(prompt)
+    return [
+        {**message, "content": map_texts(message["content"], put_back)} if "content" in message else dict(message)
+        for message in prompt
+    ]
 
 
 def _whose(memory: Memory) -> str:

@@ -100,6 +100,11 @@ def token_windows(text: str, tokenizer: Any) -> Iterator[np.ndarray]:  # noqa: A
         yield np.asarray(tokenize(window, tokenizer)["input_ids"], dtype=np.int64)
 
 
+def count_tokens(text: str, tokenizer: Any) -> int:  # noqa: ANN401 - any Hugging Face tokenizer
+    """How many tokens a document's text has, no special tokens."""
+    return sum(map(len, token_windows(text, tokenizer)))
+
+
 def token_segments(
     texts: Iterable[str],
     tokenizer: Any,  # noqa: ANN401 - any Hugging Face tokenizer

@@ -19,6 +19,7 @@ from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.layout import build_layout
 from pic_rag.mask import Places, allowed_pairs
+from pic_rag.reporting import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -262,11 +263,7 @@ def _slot_edges(pattern: Pattern) -> list[int]:
 
 
 def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'pic-rag[plot]'.") from error
-    figure = Figure(figsize=(width, height), dpi=140)
+    figure = new_figure(width, height)
     figure.set_layout_engine("constrained", h_pad=0.08, w_pad=0.08)
     return figure
 

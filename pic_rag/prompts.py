@@ -5,7 +5,8 @@ Standard library only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 INSTRUCTION = "Use the documents to answer the question in a few words."
 
@@ -21,6 +22,19 @@ def rag_messages(question: str, passages: Sequence[str]) -> list[dict[str, str]]
     shown = f"Documents:\n{documents}\n\n" if passages else ""
     instruction = INSTRUCTION if passages else "Answer the question in a few words."
     return [{"role": "user", "content": f"{instruction}\n\n{shown}Question: {question}"}]
+
+
+def map_texts(content: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401 - as chat templates take it
+    """The content of a message with every text in it changed; parts that are no text, and no content, stay.
+
+    >>> map_texts(["a", {"type": "text", "text": "b"}, {"type": "image"}], str.upper)
+    ['A', {'type': 'text', 'text': 'B'}, {'type': 'image'}]
+    """
+    if isinstance(content, str):
+        return change(content)
+    if isinstance(content, Mapping):
+        return {**content, "text": map_texts(content["text"], change)} if "text" in content else content
+    return [map_texts(part, change) for part in content] if isinstance(content, Sequence) else content
 
 
 def check_unicode(what: str, text: str) -> None:

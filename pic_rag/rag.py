@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
+from pic_rag.chunking import count_tokens, tokenize
 from pic_rag.compression.compressor import Compressor
 from pic_rag.compression.ratios import Ratio, ratio_of_each
 from pic_rag.generation.answering import BaseGenerator
@@ -374,7 +375,7 @@ class PicRag:
         return RetrievedDocument(
             id=hit.passage.id,
             score=hit.score,
-            text_tokens=memory.text_tokens if memory else len(self._token_ids(text)),
+            text_tokens=memory.text_tokens if memory else count_tokens(text, self.generator.tokenizer),
             memory_tokens=memory.memory_tokens if memory else 0,
             ratio=memory.ratio if memory else None,
             fidelity=memory.fidelity if memory else None,
@@ -398,11 +399,8 @@ class PicRag:
 
     def _truncate(self, text: str, ratio: int) -> str:
         """The beginning of a text, as many tokens as its memory would have."""
-        token_ids = self._token_ids(text)
+        token_ids = tokenize(text, self.generator.tokenizer)["input_ids"]
         return str(self.generator.tokenizer.decode(token_ids[: -(-len(token_ids) // ratio)]))
-
-    def _token_ids(self, text: str) -> list[int]:
-        return list(self.generator.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
 def _device_name(device: str | torch.device | None) -> str | None:

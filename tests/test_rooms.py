@@ -29,7 +29,7 @@ ORDER = """
     memory assembler generation
     compression store
     rag
-    inspection bulk evaluation training study benchmark
+    reporting inspection bulk evaluation training study benchmark
     cli __main__
 """.split()
 

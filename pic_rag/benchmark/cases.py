@@ -11,6 +11,7 @@ from statistics import fmean
 import torch
 
 from pic_rag.benchmark.measure import TokenClock, now, seconds
+from pic_rag.chunking import count_tokens
 from pic_rag.evaluation.lingua import LinguaError
 from pic_rag.evaluation.systems import Shown, Systems
 from pic_rag.generation.generator import Generator
@@ -169,5 +170,4 @@ class Runner:
     def _shown_tokens(self, generator: Generator, shown: Shown) -> int:
         if shown.memories:
             return sum(memory.memory_tokens for memory in shown.memories)
-        return sum(len(generator.tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
-                   for text in shown.passages)  # fmt: skip
+        return sum(count_tokens(text, generator.tokenizer) for text in shown.passages)

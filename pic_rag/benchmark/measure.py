@@ -6,17 +6,15 @@ import os
 import platform
 import time
 from collections.abc import Callable
-from importlib.metadata import version
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
-from pic_rag import __version__
 from pic_rag.generation.engine import end_token_ids
 from pic_rag.generation.generator import Generator
+from pic_rag.reporting import cpu_name
 
 
 def now(device: torch.device) -> float:
@@ -83,7 +81,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on, as JSON types."""
     cuda = device.type == "cuda"
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name(device) if cuda else None,
@@ -92,19 +90,6 @@ def hardware(device: torch.device) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str]:
-    """Of Python and the packages that matter."""
-    packages = {name: version(name) for name in ("torch", "transformers", "peft", "tokenizers")}
-    return {"pic_rag": __version__, "python": platform.python_version(), **packages}
-
-
 def load_average() -> float | None:
     """Processes that wanted a core over the last minute: above the number of cores, figures mean little."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pic_rag.reporting import new_figure
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -21,13 +23,9 @@ def draw(rows: Sequence[Row]) -> Figure:
     Raises:
         ImportError: without matplotlib.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Pictures need matplotlib: pip install 'pic-rag[plot]'.") from error
     batches = sorted({row.batch_size for row in rows})
     answered = [row for row in rows if row.total_s is not None]
-    figure = Figure(figsize=(12.0, 1.0 + 4.0 * len(batches)), dpi=140, layout="constrained")
+    figure = new_figure(12.0, 1.0 + 4.0 * len(batches))
     panels = figure.subplots(len(batches), len(_PANELS), squeeze=False)
     for batch, pair in zip(batches, panels, strict=True):
         for field, axes in zip(_PANELS, pair, strict=True):

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from pic_rag.benchmark.cases import Case, Runner, Sample
 from pic_rag.benchmark.compression import measure_compression
-from pic_rag.benchmark.measure import hardware, kv_bytes, load_average, versions
+from pic_rag.benchmark.measure import hardware, kv_bytes, load_average
 from pic_rag.benchmark.report import Repetition, Report, make_rows
 from pic_rag.benchmark.splice import measure_splice
 from pic_rag.benchmark.suite import Suite
@@ -23,6 +23,7 @@ from pic_rag.evaluation.lingua import LinguaError
 from pic_rag.evaluation.shortening import Shortener
 from pic_rag.evaluation.systems import LINGUA_SYSTEMS, RATIO_SYSTEMS, Systems
 from pic_rag.questions import Question
+from pic_rag.reporting import versions
 
 SPLICE_RATIO = 16
 

@@ -17,8 +17,8 @@ from pic_rag.cli.options import (
     new_folder,
     positive,
     progress,
-    require_matplotlib,
 )
+from pic_rag.reporting import require_matplotlib
 
 
 def add_parser(commands: Commands) -> None:

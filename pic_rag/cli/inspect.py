@@ -15,9 +15,9 @@ from pic_rag.cli.options import (
     load_compressor,
     named_path,
     positive,
-    require_matplotlib,
 )
 from pic_rag.config import PRESETS, PicConfig
+from pic_rag.reporting import require_matplotlib
 
 if TYPE_CHECKING:
     from pic_rag.compression.compressor import Compressor

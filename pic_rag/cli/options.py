@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import os
 import sys
@@ -131,16 +130,6 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
-
-
-def require_matplotlib() -> None:
-    """Before anything is computed for the pictures.
-
-    Raises:
-        ImportError: when it is not installed.
-    """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("Pictures need matplotlib: pip install 'pic-rag[plot]', or '.[plot]' in a checkout.")
 
 
 def progress(args: argparse.Namespace) -> bool | None:

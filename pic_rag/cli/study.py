@@ -13,9 +13,9 @@ from pic_rag.cli.options import (
     named_path,
     names,
     progress,
-    require_matplotlib,
     show_bars,
 )
+from pic_rag.reporting import require_matplotlib
 from pic_rag.study.config import CONFIGS, StudyConfig
 
 

@@ -7,7 +7,6 @@ single ratios at equal generator tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,7 +20,6 @@ from pic_rag.compression.fidelity import Fidelity, FidelityCheck
 from pic_rag.compression.ratios import descend
 from pic_rag.config import RAW_TEXT
 from pic_rag.evaluation.metrics import auroc, contains_answer, f1
-from pic_rag.evaluation.runner import versions
 from pic_rag.evaluation.systems import find_fitting
 from pic_rag.generation.answering import Generation
 from pic_rag.generation.generator import Generator
@@ -29,6 +27,7 @@ from pic_rag.handles import escape_handles
 from pic_rag.memory import Memory
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import Question
+from pic_rag.reporting import versions, write_json
 
 Pick = Mapping[str, Memory]  # the memory of each document, by its text
 Trial = tuple[list[Memory], bool]  # what was read for a question, and whether the answer is right
@@ -90,9 +89,7 @@ class FidelityReport:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
 
 def evaluate_fidelity(

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import platform
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TextIO, cast
@@ -17,7 +15,6 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tqdm import tqdm
 
-from pic_rag import __version__
 from pic_rag.compression.compressor import Compressor
 from pic_rag.compression.ratios import Ratio, ratio_of_each
 from pic_rag.evaluation.metrics import agreement, contains_answer, f1
@@ -25,6 +22,7 @@ from pic_rag.evaluation.systems import RATIO_SYSTEMS, Shown, Systems
 from pic_rag.evaluation.tasks import TASKS, Task
 from pic_rag.generation.answering import Generation
 from pic_rag.questions import Question
+from pic_rag.reporting import versions, write_json
 
 _LOOKAHEAD_BATCHES = 8  # batches given to the generator at once: it decodes prompts of like length together
 
@@ -81,9 +79,7 @@ class Report:
 
     def save(self, path: str | Path) -> None:
         """Write the report as JSON."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(path, self.to_dict())
 
 
 @dataclass(frozen=True)
@@ -315,11 +311,3 @@ def _create(path: str | Path) -> TextIO:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     return target.open("w", encoding="utf-8")
-
-
-def versions() -> dict[str, str]:
-    """Of the packages that figures depend on, and the hardware."""
-    packages = ("torch", "transformers", "peft", "sentence-transformers")
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.machine()
-    own = {"pic_rag": __version__, "python": platform.python_version(), "hardware": device}
-    return own | {name: version(name) for name in packages}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 
+from pic_rag.chunking import count_tokens, tokenize
 from pic_rag.models.embedded import retriever_path
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
@@ -31,11 +32,11 @@ class Shortener:
 
     def count_tokens(self, text: str) -> int:
         """Tokens of a text, without special ones."""
-        return len(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return count_tokens(text, self.tokenizer)
 
     def truncate(self, text: str, tokens: int) -> str:
         """The longest beginning of a text that has at most so many tokens."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = tokenize(text, self.tokenizer, return_offsets_mapping=True)
         ends = [end for _, end in encoded["offset_mapping"]]
         if len(ends) <= tokens:
             return text

@@ -17,6 +17,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 
 from pic_rag.assembler import Prompt
+from pic_rag.chunking import count_tokens
 from pic_rag.compression.compressor import Compressor
 from pic_rag.compression.ratios import Ratio, ratio_of_each
 from pic_rag.evaluation.lingua import Lingua, LinguaError
@@ -280,8 +281,7 @@ class Systems:
 
     def _memory_tokens(self, text: str, ratio: int | None) -> int:
         """Memory tokens that the compressor makes of a text, counted and not computed."""
-        tokens = len(self.compressor.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        return -(-tokens // self.compressor.config.check_ratio(ratio))
+        return -(-count_tokens(text, self.compressor.tokenizer) // self.compressor.config.check_ratio(ratio))
 
     @cached_property
     def _pooler(self) -> Compressor:

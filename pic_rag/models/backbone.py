@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +53,6 @@ def load_backbone(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     attn_implementation: str | None = None,
-    model_kwargs: Mapping[str, Any] | None = None,
 ) -> Backbone:
     """Load a causal LM in evaluation mode.
 
@@ -63,7 +62,6 @@ def load_backbone(
         dtype: "bfloat16", "float16", "float32" or "float64"; None picks bfloat16 where the device multiplies it
             natively, else float32.
         attn_implementation: "sdpa", "eager" or "flex_attention"; None leaves it to transformers.
-        model_kwargs: passed on to `from_pretrained`.
 
     Raises:
         ValueError: when `attn_implementation` or `dtype` is none of those, or the model's files are damaged.
@@ -78,9 +76,8 @@ def load_backbone(
     embedded_default = name_or_path is None or str(name_or_path) == EMBEDDED_NAME
     source = str(embedded.generator_path()) if embedded_default else str(name_or_path)
     where = resolve_device(device)
-    options = {"attn_implementation": attn_implementation, **(model_kwargs or {})}
     with quiet_loading(), _loading("weights", source):
-        model = _load_model(source, resolve_dtype(dtype, where), options)
+        model = _load_model(source, resolve_dtype(dtype, where), attn_implementation)
     with quiet_loading(), _loading("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source)
     return Backbone(
@@ -88,10 +85,13 @@ def load_backbone(
     )
 
 
-def _load_model(source: str, dtype: torch.dtype, options: Mapping[str, Any]) -> PreTrainedModel:
-    if dtype != torch.float16:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
-    model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", **options)
+def _load_model(source: str, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:
+    exact = dtype != torch.float16
+    model = AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype if exact else "auto", attn_implementation=attn_implementation
+    )
+    if exact:
+        return model
     _digests_before_rounding[model] = _digest(model)
     return cast("Any", model).to(dtype)
 

@@ -86,8 +86,20 @@ class Retriever:
         self._passages: list[Passage] = []
         self._hashes: set[str] = set()
         self._states: dict[Path, str | None] = {}  # of folders this was loaded from or saved to
+        self._make_locks()
+
+    def _make_locks(self) -> None:
         self._lock = threading.Lock()  # of passages and index, which go together
         self._adding = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy or a pickle holds: all but the locks."""
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_adding")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy has locks of its own."""
+        vars(self).update(state)
+        self._make_locks()
 
     def __len__(self) -> int:
         """Return the number of passages."""

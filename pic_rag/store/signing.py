@@ -20,10 +20,11 @@ import re
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from pic_rag.handles import HANDLE_PATTERN, UnknownHandleError, escape_handles, find_handles
+from pic_rag.prompts import map_texts
 from pic_rag.store.protocol import MemoryStore, check_store
 
 Messages = Sequence[Mapping[str, Any]]
@@ -106,8 +107,9 @@ class HandleSigner:
 
         Raises:
             UnknownHandleError: a handle was not signed by this namespace, is too old, or stands where people write.
-            ValueError: a handle was cut into pieces.
+            ValueError: a handle was cut into pieces, or `only` holds something else than signed handles.
         """
+        _check_signed(only)
         if isinstance(prompt, str):
             text = self._unsign(prompt, only)
             return text, find_handles(text)
@@ -168,18 +170,15 @@ class HandleSigner:
         return _process_key() if key is None else key
 
 
-def map_texts(content: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401 - as chat templates take it
-    """The content of a message with every text in it changed; parts that are no text, and no content, stay."""
-    if isinstance(content, str):
-        return change(content)
-    if not isinstance(content, Sequence):
-        return content
-    return [
-        {**part, "text": map_texts(part["text"], change)}
-        if isinstance(part, Mapping) and "text" in part
-        else map_texts(part, change)
-        for part in content
-    ]
+def _check_signed(handles: Collection[str] | None) -> None:
+    """Anything else would name no handle of the prompt, and its documents would go unread."""
+    for handle in [handles] if isinstance(handles, str) else handles or ():
+        match = HANDLE_PATTERN.fullmatch(handle) if isinstance(handle, str) else None
+        if match is None or not match.group(2) or isinstance(handles, str):
+            raise ValueError(
+                f"handles must be a list of signed handles, got {handle!r:.80}. Pass what stands in the prompt, such as "
+                "the page_content of compressed documents, or find_handles(text)."
+            )
 
 
 def _find(message: Mapping[str, Any]) -> list[str]:

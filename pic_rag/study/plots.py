@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
+from pic_rag.reporting import new_figure
 from pic_rag.study.records import Results
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ def draw_curves(results: Results) -> Figure:
         ImportError: without matplotlib.
     """
     ratios = results.study.measured.ratios
-    figure = _figure(4.2 * len(ratios), 3.6)
+    figure = new_figure(4.2 * len(ratios), 3.6)
     panels = figure.subplots(1, len(ratios), squeeze=False)[0]
     for axes, ratio in zip(panels, ratios, strict=True):
         for arm, own in results.runs.items():
@@ -41,7 +42,7 @@ def draw_quality(results: Results) -> Figure:
     Raises:
         ImportError: without matplotlib.
     """
-    figure = _figure(6.0, 4.0)
+    figure = new_figure(6.0, 4.0)
     axes = figure.subplots()
     arms = {
         arm: [{line["ratio"]: 100 * line["f1"] for line in run.final("pic")} for run in own if run.finished]
@@ -74,11 +75,3 @@ def _draw_band(axes: Axes, name: str, curves: Sequence[Mapping[int, float]], mar
     values = [[curve[place] for curve in begun] for place in shared]
     [line] = axes.plot(shared, list(map(fmean, values)), label=name, marker=marker)
     axes.fill_between(shared, list(map(min, values)), list(map(max, values)), alpha=0.2, color=line.get_color(), lw=0)
-
-
-def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("Plots need matplotlib: pip install 'pic-rag[plot]'.") from error
-    return Figure(figsize=(width, height), dpi=140, layout="constrained")

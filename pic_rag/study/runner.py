@@ -14,8 +14,8 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from pic_rag import __version__
 from pic_rag.questions import Question, pick, read_questions
+from pic_rag.reporting import versions
 from pic_rag.study.config import Measured, StudyConfig
 from pic_rag.study.records import BOUNDS_FILE, METRICS_FOLDER, STUDY_FILE, metrics_path, read_run
 from pic_rag.study.watch import Watch, answer_line, answers
@@ -23,7 +23,6 @@ from pic_rag.training.config import TrainConfig, from_demo
 from pic_rag.training.guards import sole_writer
 from pic_rag.training.lines import begin_lines, write_lines
 from pic_rag.training.loop import COMPRESSOR_FOLDER, Trainer
-from pic_rag.training.metrics import versions
 
 logger = logging.getLogger(__name__)
 
@@ -133,7 +132,7 @@ def _head(arm: str, seed: int, config: TrainConfig, measured: Measured) -> dict[
     """The first line of a run's metrics file: all that its numbers depend on, and no path of this machine's."""
     values = {name: value for name, value in config.to_dict().items() if name not in ("out", "cache")}
     head = {"arm": arm, "seed": seed, "steps": config.steps, "config": values, "measured": asdict(measured)}
-    return json.loads(json.dumps({**head, "versions": {"pic_rag": __version__, **versions()}}))
+    return json.loads(json.dumps({**head, "versions": versions()}))
 
 
 def _check_same(path: Path, head: Mapping[str, Any]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from pic_rag.chunking import tokenize
 from pic_rag.prompts import check_unicode
 from pic_rag.questions import Question, Row, read_jsonl, read_rows
 from pic_rag.training.synthetic import passages
@@ -30,7 +31,10 @@ logger = logging.getLogger(__name__)
 SYNTHETIC = "synthetic:"
 """Before the name of a text corpus: the questions its texts ask about themselves."""
 
-_TABLE_VERSION = 2  # of what is written into tables: another one makes them anew
+HUB = "hf:"
+"""Before the id of a text corpus of Hugging Face `datasets`."""
+
+_TABLE_VERSION = 3  # of what is written into tables: another one makes them anew
 _STAGING = "pic-rag-staging-"
 _STAGING_SECONDS = 7 * 24 * 3600.0  # no tokenisation takes that long
 _ONE_TEXT = (".txt", ".md")
@@ -76,7 +80,7 @@ class TokenTable:
         dtype = np.uint16 if len(tokenizer) <= np.iinfo(np.uint16).max + 1 else np.uint32
         ids, ends = [], [0]
         for batch in _batched(tqdm(texts, desc=f"tokenise {folder.name}", disable=None, delay=1.0)):
-            for tokens in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+            for tokens in tokenize(batch, tokenizer)["input_ids"]:
                 ids.append(np.asarray(tokens, dtype=dtype))
                 ends.append(ends[-1] + len(tokens))
         np.save(folder / "ids.npy", np.concatenate(ids) if ids else np.empty(0, dtype))
@@ -92,7 +96,7 @@ def read_texts(source: str) -> Iterator[str]:
 
 
 def _text_rows(source: str) -> Iterator[Row]:
-    for row in _hub_rows(source) if source.startswith("hf:") else read_jsonl(source):
+    for row in _hub_rows(source) if source.startswith(HUB) else read_jsonl(source):
         text = row.values.get("text")
         if not isinstance(text, str):
             raise ValueError(f"text must be a string, got {text!r} in {row.where}. Give it in every line.")
@@ -103,7 +107,7 @@ def _text_rows(source: str) -> Iterator[Row]:
 def _hub_rows(source: str) -> Iterator[Row]:
     import datasets
 
-    name, _, split = source[3:].partition(":")
+    name, _, split = source.removeprefix(HUB).partition(":")
     for number, values in enumerate(datasets.load_dataset(name, split=split or "train", streaming=True), 1):
         yield Row(values, f"{source}, row {number}")
 
@@ -219,13 +223,14 @@ class Corpora:
 
     def _table(self, kind: str, sources: Sequence[str], build: Callable[[Path], None]) -> Path:
         """The folder of a table; it appears whole or not at all."""
-        files = [source.removeprefix(SYNTHETIC) for source in (*sources, *self.held_out)]
-        stamp = {file: _stamp(file) for file in files}
+        stamp = {_file(source): _stamp(_file(source)) for source in (*sources, *self.held_out)}
         identity = json.dumps([_TABLE_VERSION, list(sources), list(self.held_out), self._vocabulary])
         folder = self.cache / f"{kind}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}"
         made = _made_of(folder)
         if made is not None and all(now in (None, made.get(file)) for file, now in stamp.items()):
             return folder
+        _require_files(kind, sources)
+        _require_files("held_out", self.held_out)
         self.cache.mkdir(parents=True, exist_ok=True)
         _sweep(self.cache)
         with tempfile.TemporaryDirectory(dir=self.cache, prefix=_STAGING) as staging:
@@ -301,6 +306,20 @@ def _training_records(source: str, held_out: set[str]) -> Iterator[Record]:
             "questions must hold at least one question with an answer and a document that is not held out, got none "
             f"in {source}: {why}. Name other questions, or take the file that they share words with out of held_out."
         )
+
+
+def _file(source: str) -> str:
+    return source.removeprefix(SYNTHETIC)
+
+
+def _require_files(field: str, sources: Sequence[str]) -> None:
+    """Raise FileNotFoundError, which names the configuration's field, when a source is a file that is not there."""
+    for file in map(_file, sources):
+        if not file.startswith(HUB) and not os.path.exists(file):
+            raise FileNotFoundError(
+                f"{field} must name files that are there, got {file!r}, which is not in {os.getcwd()!r}. Name your own "
+                "files in the configuration, or leave the field out."
+            )
 
 
 def _made_of(folder: Path) -> dict[str, Any] | None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-import platform
 from pathlib import Path
 
-import peft
 import torch
-import transformers
 
+from pic_rag.reporting import versions
 from pic_rag.training.batch import Batch
 from pic_rag.training.config import TrainConfig
 from pic_rag.training.guards import diverged
@@ -62,12 +60,3 @@ class MetricsLog:
         self.gradients: list[torch.Tensor] = []
         self.rate = 0.0
         self.tokens = 0
-
-
-def versions() -> dict[str, str]:
-    """What a run depends on beside its configuration."""
-    modules = {"torch": torch, "transformers": transformers, "peft": peft}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    return {"python": platform.python_version(), "device": device} | {
-        name: module.__version__ for name, module in modules.items()
-    }

@@ -27,8 +27,14 @@ def load_base(config: TrainConfig, device: torch.device) -> Backbone:
     """The base model of a run, in the run's precision.
 
     Raises:
-        ValueError: when it has no end token or no chat template, or fewer embeddings than tokens.
+        ValueError: when it has no end token or no chat template, or fewer embeddings than tokens, or when the device
+            cannot train with the attention asked for.
     """
+    if config.attn_implementation == "flex_attention" and device.type == "cpu":
+        raise ValueError(
+            "attn_implementation must be sdpa or eager on a CPU, got 'flex_attention', which has no gradients there. "
+            "Change it in the configuration; compile goes with it."
+        )
     base = load_backbone(
         config.base_model,
         device=device,

@@ -23,7 +23,7 @@ from pic_rag import find_handles
 LLM_TYPE = "chat-pic-rag"
 """`ChatPIC._llm_type`: how a callback knows the model."""
 
-_WATCHED_HANDLES = 10_000
+_WATCHED_HANDLES = 200_000  # about 40 MB
 
 
 def reads_handles(llm: object) -> bool:
@@ -100,7 +100,8 @@ class HandleGuard(BaseCallbackHandler):
         if handle is not None and not reads_handles(kind):
             raise ValueError(
                 f"llm must read handles, as ChatPIC does, got {name} with {handle} in its prompt. Use ChatPIC, put "
-                "PICRestore() before the LLM, or pass llm= and fallback='text' to the compressor."
+                "PICRestore() before the LLM, or pass llm= and fallback='text' to the compressor; in an agent, put "
+                "PICMiddleware last."
             )
 
     def _concerns(self, handle: str) -> bool:

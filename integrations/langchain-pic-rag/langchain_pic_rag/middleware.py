@@ -24,9 +24,13 @@ logger = logging.getLogger(__name__)
 class PICMiddleware(AgentMiddleware):
     """Compresses tool messages just before the model reads them; the agent's state keeps the text.
 
+    Put it last: a middleware behind it that puts in another model, or adds messages, is not seen.
+
     In a tool message that is compressed, a handle is text like any other. In messages of users and of the model itself,
     and in tool messages left alone, handles are escaped, also signed ones: only `handle_tools` are trusted to write
-    them. Theirs are read at any age, so that a conversation can be resumed after days.
+    them. Theirs stay handles in the state, and this middleware's model reads them at any age, so that a conversation
+    can be resumed after days. Another model that is given the state, as by a summarising middleware, reads them as long
+    as any handle: today and tomorrow.
 
     Args:
         compressor: None: `PICCompressor()`.

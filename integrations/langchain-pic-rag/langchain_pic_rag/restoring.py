@@ -16,11 +16,18 @@ from langchain_pic_rag.settings import StoreSettings
 from langchain_pic_rag.sources import SourceTexts
 from pic_rag import HandleSigner, MemoryStore, UnknownHandleError, escape_handles, shared_store
 
-_REMEDY = "Neither the document's metadata nor this namespace of the store has its text: compress the original again."
+_REMEDY = (
+    "Neither the document's metadata nor this namespace of the store has its text. Pass the store or cache_folder, and "
+    "the namespace, that the compressor uses, or compress the original again."
+)
 
 
 def restore_documents(
-    documents: Iterable[Document], *, store: MemoryStore | None = None, namespace: str = "default"
+    documents: Iterable[Document],
+    *,
+    store: MemoryStore | None = None,
+    namespace: str = "default",
+    cache_folder: str | None = None,
 ) -> list[Document]:
     """The documents as they were before they were compressed: text, ids, order and metadata.
 
@@ -31,11 +38,12 @@ def restore_documents(
         documents: documents with or without handles.
         store: where texts are looked up that the metadata does not hold; None: the default store.
         namespace: of these documents in the store.
+        cache_folder: folder of the default store; None: pic-rag's cache folder.
 
     Raises:
         UnknownHandleError: a document's text is in neither place.
     """
-    store = store if store is not None else shared_store()
+    store = store if store is not None else shared_store(cache_folder)
     sources, signer = SourceTexts(store, namespace), HandleSigner(store, namespace)
     return [restore_document(document, sources, signer, any_age=True) for document in documents]
 

@@ -74,7 +74,8 @@ class ModelSettings(StoreSettings):
     """Such as "bfloat16"; None picks what the device is fast at."""
 
     model_kwargs: dict[str, Any] = Field(default_factory=dict)
-    """Further arguments of the model's `from_pretrained`, such as `attn_implementation`."""
+    """Further arguments of `Compressor.from_pretrained`, such as `attn_implementation`; `ChatPIC`'s are those of
+    `Generator.from_checkpoint`, such as `merge_calls`."""
 
     compressor: Compressor | None = Field(default=None, exclude=True, repr=False)
     """A ready `pic_rag.Compressor`, used instead of the one `model_name` names."""

@@ -7,8 +7,10 @@ import json
 import pickle
 import subprocess
 import sys
+import threading
 
 import pytest
+from langchain_core.stores import InMemoryByteStore
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.event_handlers import BaseEventHandler
 from llama_index.core.llms import MockLLM
@@ -18,6 +20,14 @@ from llama_index.llms.pic_rag import PICLLM
 from llama_index.postprocessor.pic_rag import PICCompressEndEvent, PICCompressor, PICTransform, restore_nodes
 
 from pic_rag import escape_handles, find_handles
+
+
+class Locked(InMemoryByteStore):
+    """A store with a lock, as those with a connection have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
 
 
 def shown(node: NodeWithScore) -> str:
@@ -54,6 +64,16 @@ def test_the_handle_stands_for_what_the_llm_would_have_read(compressor, nodes, t
 def test_metadata_mode_none_compresses_the_text_alone(tiny_compressor, store, nodes):
     alone = PICCompressor(compressor=tiny_compressor, store=store, metadata_mode="none")
     assert plain(alone, alone.postprocess_nodes(nodes)[0]) == tiny_compressor.handle(nodes[0].text)
+
+
+def test_the_metadata_says_what_the_memory_saves_and_the_models_are_not_shown_it(compressor, nodes):
+    for before, after in zip(nodes, compressor.postprocess_nodes(nodes), strict=True):
+        said = after.metadata
+        assert said["pic_ratio"] == compressor.get_compressor().config.ratio
+        assert said["pic_memory_tokens"] == -(-said["pic_text_tokens"] // said["pic_ratio"])
+        assert "pic_fidelity" not in said
+        assert "pic_" not in after.node.get_content(MetadataMode.EMBED)
+        assert restore_nodes([after])[0].metadata == before.metadata
 
 
 def test_ids_scores_order_metadata_and_relationships_survive(compressor, nodes):
@@ -304,7 +324,12 @@ def test_a_path_is_no_store(tiny_compressor, nodes):
 def test_what_holds_models_is_not_pickled_without_them(compressor, llm):
     """LlamaIndex would leave them out, and the copy would load others."""
     for component in (compressor.model_copy(update={"generator": llm.generator}), llm):
-        with pytest.raises(TypeError, match="must name its models to be pickled, got a Generator"):
+        with pytest.raises(TypeError, match="must have a generator that can be pickled, got Generator"):
             pickle.dumps(component)
         assert component.generator is llm.generator
+    locked = Locked()
+    for component in (PICCompressor(store=locked), PICTransform(store=locked), PICLLM(store=locked)):
+        with pytest.raises(TypeError, match="must have a store that can be pickled, got Locked"):
+            pickle.dumps(component)
+        assert component.store is locked
     assert pickle.loads(pickle.dumps(PICCompressor(ratio=8))).ratio == 8

@@ -10,6 +10,7 @@ import pytest
 from langchain_classic.chains import create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
 from langchain_core.caches import InMemoryCache
+from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
@@ -239,6 +240,9 @@ def test_with_a_list_of_handles_no_other_resolves(chat, handles):
     read = chat.invoke(prompt, handles=[handles[1]]).usage_metadata["input_token_details"]["memory"]
     assert read == chat.get_num_tokens(handles[1])
     assert chat.invoke(prompt, handles=[]).usage_metadata["input_token_details"]["memory"] == 0
+    for wrong in ("".join(handles), ["an id"], [Document(page_content=handles[0])], [chat.signer.verify(handles[0])]):
+        with pytest.raises(ValueError, match="handles must be a list of signed handles"):
+            chat.invoke(prompt, handles=wrong)
 
 
 def test_a_stuff_chain_and_a_retrieval_chain_read_memories(chat, pic_retriever, documents):

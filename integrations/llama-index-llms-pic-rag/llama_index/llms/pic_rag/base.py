@@ -76,7 +76,7 @@ class PICLLM(LLM):
         default_factory=dict, description="Settings of every call: stop, temperature, top_p, seed."
     )
     model_kwargs: dict[str, Any] = Field(
-        default_factory=dict, description="Further arguments of Generator.from_pretrained."
+        default_factory=dict, description="Further arguments of Generator.from_checkpoint, such as merge_calls."
     )
     generator: Any = Field(
         default=None, exclude=True, repr=False, description="A pic_rag.Generator or VLLMGenerator, in place of a name."
@@ -102,14 +102,15 @@ class PICLLM(LLM):
 
     def __getstate__(self) -> dict[str, Any]:
         """LlamaIndex deletes what cannot be pickled, here as well, and the copy would load another one in its place."""
-        given = {name: getattr(self, name) for name in ("generator", "compressor")}
+        given = {name: getattr(self, name) for name in ("generator", "compressor", "store")}
         state = super().__getstate__()
-        for name, model in given.items():
+        for name, value in given.items():
             if name not in state["__dict__"]:
                 self.__dict__.update(given)
+                remedy = "a SQLiteStore, or cache_folder," if name == "store" else "model_name and generator_name"
                 raise TypeError(
-                    f"{type(self).__name__} must name its models to be pickled, got a {type(model).__name__}. "
-                    "Give model_name and generator_name in its place."
+                    f"{type(self).__name__} must have a {name} that can be pickled, got {type(value).__name__}. "
+                    f"Give {remedy} in its place."
                 )
         return state
 

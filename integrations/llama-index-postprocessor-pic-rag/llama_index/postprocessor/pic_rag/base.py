@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
@@ -15,6 +15,9 @@ from llama_index.postprocessor.pic_rag.nodes import restore_nodes, show_handle
 from llama_index.postprocessor.pic_rag.settings import CompressionSettings
 
 from pic_rag import find_handles
+
+if TYPE_CHECKING:
+    from pic_rag import Memory
 
 
 class PICCompressor(CompressionSettings, BaseNodePostprocessor):
@@ -60,11 +63,12 @@ class PICCompressor(CompressionSettings, BaseNodePostprocessor):
             return restore_nodes(kept)
         memories = self.make_memories([node.node for node in kept])
         signer = self.signer
-        handles = [None if memory is None else signer.sign(memory.handle) for memory in memories]
+        handles = ["" if memory is None else signer.sign(memory.handle) for memory in memories]
         if reader is not None:
             self._check_known(reader, [handle for handle in handles if handle])
         watch(handle for handle in handles if handle)
-        return [self._show(*shown) for shown in zip(restore_nodes(kept), handles, range(1, len(kept) + 1), strict=True)]
+        numbers = range(1, len(kept) + 1)
+        return [self._show(*shown) for shown in zip(restore_nodes(kept), handles, memories, numbers, strict=True)]
 
     def _shows_handles(self, reader: Any) -> bool:
         if isinstance(reader, Nobody):
@@ -88,11 +92,11 @@ class PICCompressor(CompressionSettings, BaseNodePostprocessor):
                 "cache_folder) and namespace; a store that could not be written has logged a warning."
             )
 
-    def _show(self, node: NodeWithScore, handle: str | None, number: int) -> NodeWithScore:
-        if handle is None:
+    def _show(self, node: NodeWithScore, handle: str, memory: Memory | None, number: int) -> NodeWithScore:
+        if memory is None:
             return node
         label = None if self.label is None else self.label.replace("{number}", str(number))
-        return node.model_copy(update={"node": show_handle(node.node, handle, label)})
+        return node.model_copy(update={"node": show_handle(node.node, handle, memory, label)})
 
 
 def _refuse_handles(query_bundle: QueryBundle | None) -> None:

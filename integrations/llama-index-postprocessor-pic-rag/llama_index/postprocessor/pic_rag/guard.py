@@ -23,7 +23,7 @@ from llama_index.postprocessor.pic_rag.answering import reads_memories, unwrap
 
 from pic_rag import find_handles
 
-_WATCHED_HANDLES = 10_000
+_WATCHED_HANDLES = 200_000  # about 40 MB
 
 _handed_out: OrderedDict[str, None] = OrderedDict()
 _lock = threading.Lock()

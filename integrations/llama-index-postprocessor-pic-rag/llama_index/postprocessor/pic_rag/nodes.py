@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from llama_index.core.schema import BaseNode, NodeWithScore
 
+if TYPE_CHECKING:
+    from pic_rag import Memory
+
 MEMORY_KEY = "pic_memory"
 LAYOUT_KEY = "pic_layout"
+_KEYS = (MEMORY_KEY, LAYOUT_KEY, "pic_ratio", "pic_text_tokens", "pic_memory_tokens", "pic_fidelity")
 
 _LAYOUT_FIELDS = ("text_template", "metadata_template", "excluded_llm_metadata_keys", "excluded_embed_metadata_keys")
 _METADATA_ONLY = "{metadata_str}"
@@ -47,11 +51,16 @@ def note_handle(node: BaseNode, handle: str) -> BaseNode:
     )
 
 
-def show_handle(node: BaseNode, handle: str, label: str | None = None) -> BaseNode:
-    """A copy that shows the LLM its handle alone, under a label if there is one, and embedding models its text."""
+def show_handle(node: BaseNode, handle: str, memory: Memory, label: str | None = None) -> BaseNode:
+    """A copy that shows the LLM its handle alone, under a label if there is one, and embedding models its text.
+
+    The memory's ratio, sizes and fidelity are in the copy's metadata.
+    """
     node = restore_node(node)
-    layout = {name: getattr(node, name) for name in _LAYOUT_FIELDS}
-    metadata = {**node.metadata, MEMORY_KEY: handle, LAYOUT_KEY: json.dumps(layout)}
+    layout = json.dumps({name: getattr(node, name) for name in _LAYOUT_FIELDS})
+    figures = (memory.ratio, memory.text_tokens, memory.memory_tokens, memory.fidelity)
+    own = {name: value for name, value in zip(_KEYS, (handle, layout, *figures), strict=True) if value is not None}
+    metadata = {**node.metadata, **own}
     heading = "" if label is None else label.replace("{", "{{").replace("}", "}}") + "\n"
     return node.model_copy(
         update={
@@ -72,7 +81,7 @@ def restore_node(node: BaseNode) -> BaseNode:
     return node.model_copy(
         update={
             **layout,
-            "metadata": {key: value for key, value in node.metadata.items() if key not in (MEMORY_KEY, LAYOUT_KEY)},
+            "metadata": {key: value for key, value in node.metadata.items() if key not in _KEYS},
             "excluded_llm_metadata_keys": _without_memory(layout["excluded_llm_metadata_keys"]),
             "excluded_embed_metadata_keys": _without_memory(layout["excluded_embed_metadata_keys"]),
         }

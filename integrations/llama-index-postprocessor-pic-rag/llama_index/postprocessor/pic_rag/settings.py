@@ -87,14 +87,15 @@ class CompressionSettings(BaseModel):
 
     def __getstate__(self) -> dict[str, Any]:
         """LlamaIndex deletes what cannot be pickled, here as well, and the copy would load another one in its place."""
-        given = {name: getattr(self, name) for name in ("compressor", "generator")}
+        given = {name: getattr(self, name) for name in ("compressor", "generator", "store")}
         state = super().__getstate__()
-        for name, model in given.items():
+        for name, value in given.items():
             if name not in state["__dict__"]:
                 self.__dict__.update(given)
+                remedy = "a SQLiteStore, or cache_folder," if name == "store" else "model_name"
                 raise TypeError(
-                    f"{type(self).__name__} must name its models to be pickled, got a {type(model).__name__}. "
-                    "Give model_name in its place."
+                    f"{type(self).__name__} must have a {name} that can be pickled, got {type(value).__name__}. "
+                    f"Give {remedy} in its place."
                 )
         return state
 
