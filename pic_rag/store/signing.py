@@ -176,8 +176,8 @@ def _check_signed(handles: Collection[str] | None) -> None:
         match = HANDLE_PATTERN.fullmatch(handle) if isinstance(handle, str) else None
         if match is None or not match.group(2) or isinstance(handles, str):
             raise ValueError(
-                f"handles must be a list of signed handles, got {handle!r:.80}. Pass what stands in the prompt, such as "
-                "the page_content of compressed documents, or find_handles(text)."
+                f"handles must be a list of signed handles, got {handle!r:.80}. Pass what stands in the prompt, such "
+                "as the page_content of compressed documents, or find_handles(text)."
             )
 
 
