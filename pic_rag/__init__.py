@@ -11,22 +11,30 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _ROOMS = {
+    "Answer": "rag",
     "BaseGenerator": "generation.answering",
     "Checkpoint": "models.checkpoint",
     "Compressor": "compression.compressor",
     "Document": "retrieval.documents",
+    "DocumentError": "retrieval.documents",
+    "EmbeddedModelError": "models.embedded",
     "Fidelity": "compression.fidelity",
     "FidelityCheck": "compression.fidelity",
     "Generation": "generation.answering",
     "Generator": "generation.generator",
     "HandleSigner": "store",
+    "Hit": "retrieval.retriever",
+    "LoadedDocuments": "retrieval.documents",
     "Memory": "memory",
     "MemoryCache": "store",
     "MemoryFormatError": "memory",
     "MemoryStore": "store",
+    "Passage": "retrieval.passages",
     "PicConfig": "config",
     "PicRag": "rag",
+    "RetrievedDocument": "rag",
     "Retriever": "retrieval.retriever",
+    "RetrieverError": "retrieval.index_folder",
     "SQLiteStore": "store",
     "ShardStore": "store",
     "StoreError": "store",
@@ -46,22 +54,30 @@ _ROOMS = {
 }
 
 __all__ = [
+    "Answer",
     "BaseGenerator",
     "Checkpoint",
     "Compressor",
     "Document",
+    "DocumentError",
+    "EmbeddedModelError",
     "Fidelity",
     "FidelityCheck",
     "Generation",
     "Generator",
     "HandleSigner",
+    "Hit",
+    "LoadedDocuments",
     "Memory",
     "MemoryCache",
     "MemoryFormatError",
     "MemoryStore",
+    "Passage",
     "PicConfig",
     "PicRag",
+    "RetrievedDocument",
     "Retriever",
+    "RetrieverError",
     "SQLiteStore",
     "ShardStore",
     "StoreError",
@@ -93,20 +109,14 @@ if TYPE_CHECKING:
     from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, unescape_handles
     from pic_rag.memory import Memory, MemoryFormatError
     from pic_rag.models.checkpoint import Checkpoint
-    from pic_rag.models.embedded import cache_folder
+    from pic_rag.models.embedded import EmbeddedModelError, cache_folder
     from pic_rag.models.sharing import shared_checkpoint, unload_shared
-    from pic_rag.rag import PicRag
-    from pic_rag.retrieval.documents import Document, load_documents
-    from pic_rag.retrieval.retriever import Retriever
-    from pic_rag.store import (
-        HandleSigner,
-        MemoryCache,
-        MemoryStore,
-        ShardStore,
-        SQLiteStore,
-        StoreError,
-        shared_store,
-    )
+    from pic_rag.rag import Answer, PicRag, RetrievedDocument
+    from pic_rag.retrieval.documents import Document, DocumentError, LoadedDocuments, load_documents
+    from pic_rag.retrieval.index_folder import RetrieverError
+    from pic_rag.retrieval.passages import Passage
+    from pic_rag.retrieval.retriever import Hit, Retriever
+    from pic_rag.store import HandleSigner, MemoryCache, MemoryStore, ShardStore, SQLiteStore, StoreError, shared_store
 
 
 def __getattr__(name: str) -> Any:  # noqa: ANN401 - a module attribute may be anything

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import index
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, cast, get_args
 
 TextScope = Literal["segment", "chunk"]
 MemoryScope = Literal["chunk", "chunk+past", "segment"]
@@ -104,10 +104,10 @@ class PicConfig:
         """
         if ratio is None:
             return self.ratio
-        if isinstance(ratio, bool) or not isinstance(ratio, SupportsIndex) or index(ratio) not in self.ratios:
+        if as_whole(ratio) not in self.ratios:
             served = ", ".join(map(str, self.ratios))
             raise ValueError(f"ratio must be one of {served} (the ratios this compressor serves), got {ratio!r}.")
-        return index(ratio)
+        return cast("int", as_whole(ratio))
 
     @property
     def foldable(self) -> bool:
@@ -124,6 +124,30 @@ _CHOICES = {
     "positions": get_args(SlotPositions),
     "generator_positions": get_args(GeneratorPositions),
 }
+
+
+def as_whole(value: Any) -> int | None:  # noqa: ANN401 - whatever the user gave
+    """The value as an int where it is a whole number, NumPy's and others' included; None where it is not.
+
+    >>> as_whole(4), as_whole("4"), as_whole(4.0), as_whole(True)
+    (4, None, None, None)
+    """
+    try:
+        return None if isinstance(value, bool) else index(value)
+    except TypeError:
+        return None
+
+
+def check_positive(name: str, value: Any) -> int:  # noqa: ANN401 - whatever the user gave
+    """The value as an int.
+
+    Raises:
+        ValueError: when it is no whole number of 1 or more.
+    """
+    number = as_whole(value)
+    if number is None or number < 1:
+        raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}.")
+    return number
 
 
 def _rising(name: str, values: Any) -> tuple[int, ...]:  # noqa: ANN401 - whatever the user gave

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import time
@@ -15,19 +16,18 @@ import torch
 
 from pic_rag.chunking import count_tokens, tokenize
 from pic_rag.compression.compressor import Compressor
-from pic_rag.compression.ratios import Ratio, ratio_of_each
+from pic_rag.compression.ratios import Ratio, check_floor, ratio_of_each
 from pic_rag.generation.answering import BaseGenerator
 from pic_rag.generation.generator import Generator
 from pic_rag.handles import escape_handles
 from pic_rag.memory import Memory
-from pic_rag.models import embedded
 from pic_rag.models.sharing import shared_checkpoint
 from pic_rag.prompts import rag_messages
 from pic_rag.retrieval.documents import Document, DocumentError, find_documents, load_documents, real_path
 from pic_rag.retrieval.index_folder import damaged, write_file
-from pic_rag.retrieval.passages import Passage, origin
+from pic_rag.retrieval.passages import origin
 from pic_rag.retrieval.retriever import Hit, Retriever
-from pic_rag.store import STORE_FILE, MemoryCache, MemoryStore, SQLiteStore
+from pic_rag.store import STORE_FILE, MemoryCache, MemoryStore, SQLiteStore, shared_store
 
 Mode = Literal["pic", "text", "none", "truncate"]
 SETTINGS_FILE = "pic_rag.json"
@@ -85,10 +85,10 @@ class Answer:
     compressor: str
 
     def to_dict(self) -> dict[str, Any]:
-        """The answer as JSON types; the passages' texts and sources stay out of it."""
+        """The answer as JSON types; the passages' texts stay out of it."""
         values = asdict(self)
         for document in values["documents"]:
-            del document["text"], document["source"]
+            del document["text"]
         return values
 
 
@@ -120,7 +120,7 @@ class PicRag:
         self.compressor = compressor
         self.generator = generator
         self._own_store = store is not None
-        store = store if store is not None else SQLiteStore(embedded.cache_folder() / STORE_FILE)
+        store = store if store is not None else shared_store()
         self.cache = MemoryCache(store, compressor.fingerprint, namespace=namespace)
 
     @classmethod
@@ -247,8 +247,8 @@ class PicRag:
         reached = {real_path(item) for item in find_documents(paths) if isinstance(item, Path)}
         roots = [Path(place) for path in paths if os.fspath(path) for place in (os.path.abspath(path), real_path(path))]
 
-        def is_outdated(passage: Passage) -> bool:
-            source, path = origin(passage)
+        @functools.cache  # a file has many passages
+        def is_outdated(source: str, path: str | None) -> bool:
             if path is None or (source, path) in known:
                 return False
             gone = not os.path.exists(path)
@@ -256,7 +256,7 @@ class PicRag:
                 return gone or real_path(path) in reached
             return gone and source in sources  # its folder has moved
 
-        self.retriever.remove_where(is_outdated)
+        self.retriever.remove_where(lambda passage: is_outdated(*origin(passage)))
         return loaded.problems
 
     def ask(
@@ -285,7 +285,8 @@ class PicRag:
             progress: None shows a bar on a terminal while many passages are compressed.
 
         Raises:
-            ValueError: when the question is empty, or a setting is out of range.
+            TypeError: when the question is not a string.
+            ValueError: when it is empty, or a setting is out of range.
         """
         stream = self.stream(
             question,
@@ -314,10 +315,14 @@ class PicRag:
         progress: bool | None = None,
     ) -> TextStream[str, None, Answer]:
         """Like `ask`, in pieces of text; the generator's return value (`yield from`) is the `Answer`."""
+        if not isinstance(question, str):
+            raise TypeError(f"question must be a string, got {type(question).__name__}.")
         if not question.strip():
             raise ValueError(f"question must hold at least one word, got {question!r}.")
         if mode not in get_args(Mode):
             raise ValueError(f"mode must be one of {', '.join(get_args(Mode))}, got {mode!r}.")
+        if min_fidelity is not None:
+            check_floor(min_fidelity)
         ratio_of_each(ratio, 0, self.compressor.config.check_ratio if min_fidelity is None else self.compressor.ladder)
         watch = _Watch()
         hits = self.retriever.search(question, top_k)

@@ -263,6 +263,18 @@ def test_restore_puts_the_source_texts_back_in_every_role(memory: Memory) -> Non
     assert prompt == before
 
 
+def test_restore_finds_texts_however_deep_the_content_is_and_leaves_what_is_no_text(memory: Memory) -> None:
+    part = {"type": "text", "text": f"see {memory.handle}"}
+    for content, expected in (
+        ([[part]], [[{"type": "text", "text": "see it"}]]),
+        (part, {"type": "text", "text": "see it"}),
+        ([{"type": "text", "text": None}], [{"type": "text", "text": None}]),
+    ):
+        [message] = restore([{"role": "user", "content": content}], {memory.handle: "it"})
+        assert message["content"] == expected
+    assert restore([{"role": "assistant"}], {}) == [{"role": "assistant"}]
+
+
 def test_restored_text_holds_no_handle_that_could_be_resolved(assembler: Assembler, memory: Memory) -> None:
     restored = restore(f"Read {memory.handle}", {memory.handle: f"forged {memory.handle}"})
     assert restored == f"Read forged {escape_handles(memory.handle)}"

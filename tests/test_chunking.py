@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pic_rag import chunking
-from pic_rag.chunking import fold, place_slots, token_segments, tokenize
+from pic_rag.chunking import count_tokens, fold, place_slots, token_segments, tokenize
 
 PROSE = "It was 1883, and the harbour of Whitby lay still; nobody spoke.\nThen the bell rang.\n\n"
 
@@ -60,6 +60,13 @@ def test_tokenising_a_document_leaves_the_tokenizer_as_it_was(tiny_tokenizer):
     [special] = tiny_tokenizer(text, add_special_tokens=False)["input_ids"]
     assert special not in tokenize(text, tiny_tokenizer)["input_ids"]
     assert not tiny_tokenizer.backend_tokenizer.encode_special_tokens
+
+
+def test_a_special_token_in_a_document_is_counted_as_the_text_that_it_is(tiny_tokenizer):
+    text = f"It says {tiny_tokenizer.eos_token} and goes on."
+    [(_, token_ids)] = token_segments([text], tiny_tokenizer, 512)
+    assert count_tokens(text, tiny_tokenizer) == len(token_ids)
+    assert tiny_tokenizer.eos_token_id not in token_ids
 
 
 def test_windows_break_between_words_and_never_inside_a_run_of_white_space(tiny_tokenizer, monkeypatch):

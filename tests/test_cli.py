@@ -34,7 +34,9 @@ TEXTS = {
     "bread.md": "The starter is fed every morning with flour and water.",
 }
 QUESTION = "Where do frogs hide blood?"
-COMMANDS = ("fetch", "demo", "ask", "compress", "inspect", "train", "average", "eval", "bench", "report", "study")
+COMMANDS = (
+    "fetch", "demo", "ask", "compress", "inspect", "train", "average", "eval", "bench", "report", "study", "serve",
+)  # fmt: skip
 HEAVY = ("torch", "transformers", "numpy", "faiss", "sentence_transformers", "matplotlib")
 
 

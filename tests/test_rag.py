@@ -6,6 +6,7 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_model
@@ -89,7 +90,7 @@ def test_the_json_form_has_the_keys_that_scripts_rely_on(rag) -> None:
         "answer", "documents", "prompt_tokens", "text_prompt_tokens", "latency_ms", "model", "compressor",
     ]  # fmt: skip
     assert list(values["documents"][0]) == [
-        "id", "score", "text_tokens", "memory_tokens", "ratio", "fidelity", "handle", "cached",
+        "id", "score", "text_tokens", "memory_tokens", "ratio", "fidelity", "handle", "cached", "source",
     ]  # fmt: skip
 
 
@@ -371,7 +372,10 @@ def test_an_index_without_documents_answers_from_none(folder, tmp_path) -> None:
         ({"mode": "memory"}, "mode must be one of pic, text, none, truncate, got 'memory'"),
         ({"ratio": 5}, "ratio must be one of 4, 8"),
         ({"ratio": (4, 4, 4, 5)}, "ratio must be one of 4, 8"),
+        ({"ratio": np.array([4, 8])}, "ratio must be one of 4, 8"),
+        ({"ratio": b"\x04"}, "ratio must be one of 4, 8"),
         ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"mode": "text", "min_fidelity": 2}, "min_fidelity must be a number from 0 to 1, got 2"),
     ],
 )
 def test_a_bad_setting_is_an_error(rag, arguments, message) -> None:
@@ -414,6 +418,12 @@ def test_concurrent_asks_equal_sequential_ones(folder, tmp_path) -> None:
         (answer.answer, answer.documents) for answer in sequential
     ]
     assert len({answer.answer for answer in asked}) > 1
+
+
+def test_threads_save_into_one_folder(rag, tmp_path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: rag.save(tmp_path / "index"), range(40)))
+    assert not list((tmp_path / "index").glob("*.partial"))
 
 
 @pytest.mark.embedded

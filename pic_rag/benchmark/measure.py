@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pic_rag.generation.engine import end_token_ids
 from pic_rag.generation.generator import Generator
+from pic_rag.models.backbone import end_token_ids
 from pic_rag.reporting import cpu_name
 
 

@@ -46,7 +46,12 @@ def measure_splice(systems: Systems, workload: Workload, ratio: int) -> Splice:
     """Splice five documents at a ratio, thirty times."""
     compressor, generator = systems.compressor, systems.reading
     device = torch.device(generator.model.device)
-    assembler = Assembler(generator.model, generator.tokenizer, model_id=generator.model_id)
+    assembler = Assembler(
+        generator.model,
+        generator.tokenizer,
+        model_id=generator.model_id,
+        generator_positions=compressor.config.generator_positions,
+    )
     made = compressor.compress([workload.document(DOCUMENT_TOKENS) for _ in range(DOCUMENTS)], ratio, progress=False)
     handles = [memory.handle for memory in made]
     prompt = rag_messages("What does the first record tell?", handles)

@@ -16,7 +16,7 @@ from pic_rag.chunking import Segment, fold, place_slots, token_segments, token_w
 from pic_rag.compression.batching import Batcher, gather
 from pic_rag.compression.fidelity import FidelityCheck
 from pic_rag.compression.ratios import Ratio, descend, ratio_of_each
-from pic_rag.config import RAW_TEXT, PicConfig
+from pic_rag.config import RAW_TEXT, PicConfig, as_whole, check_positive
 from pic_rag.encoder import PicEncoder
 from pic_rag.generation.generator import Generator
 from pic_rag.generation.sharing import shared_generator
@@ -191,13 +191,13 @@ class Compressor:
         return make_handle(
             source_hash=hash_text(text),
             fingerprint=self.fingerprint,
-            ratio=RAW_TEXT if ratio == RAW_TEXT else self.config.check_ratio(ratio),
+            ratio=RAW_TEXT if as_whole(ratio) == RAW_TEXT else self.config.check_ratio(ratio),
             dtype=self.dtype,
         )
 
     def ladder(self, ratio: int | None = None) -> tuple[int, ...]:
         """The ratios that `min_fidelity` tries: those served from `ratio` (None: the highest) down, then raw text."""
-        if ratio == RAW_TEXT:
+        if as_whole(ratio) == RAW_TEXT:
             return (RAW_TEXT,)
         highest = self.config.ratios[-1] if ratio is None else self.config.check_ratio(ratio)
         return (*(served for served in reversed(self.config.ratios) if served <= highest), RAW_TEXT)
@@ -235,7 +235,7 @@ class Compressor:
                 another than the memories are made for.
             TypeError: when a text is not a string, or `generator` does not run in this process.
         """
-        rows = self.batch_size if batch_size is None else _check_batch_size(batch_size)
+        rows = self.batch_size if batch_size is None else check_positive("batch_size", batch_size)
         texts = _check_texts(texts)
         if min_fidelity is None:
             ratios = ratio_of_each(ratio, len(texts), self.config.check_ratio)
@@ -326,12 +326,6 @@ def _check_texts(texts: Iterable[str]) -> list[str]:
             raise TypeError(f"texts must hold strings, got {type(text).__name__} at position {number}.")
         check_unicode(f"text {number}", text)
     return texts
-
-
-def _check_batch_size(batch_size: int) -> int:
-    if type(batch_size) is not int or batch_size < 1:
-        raise ValueError(f"batch_size must be a whole number of 1 or more, got {batch_size!r}.")
-    return batch_size
 
 
 def _name(model: PreTrainedModel) -> str:

@@ -6,6 +6,7 @@ This file does not know who makes memories.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import TypeVar, cast
 
 from pic_rag.memory import Memory
@@ -31,12 +32,18 @@ def ratio_of_each(ratio: Ratio, texts: int, check: Callable[[int | None], T]) ->
     >>> ratio_of_each((2, 16), 3, lambda ratio: ratio)
     [2, 16, 16]
     """
-    several = isinstance(ratio, Sequence) and not isinstance(ratio, str)
+    several = isinstance(ratio, Sequence) and not isinstance(ratio, (str, bytes))
     given = list(cast("Sequence[int | None]", ratio)) if several else [cast("int | None", ratio)]
     if not given:
         raise ValueError(f"ratio must be a number or a sequence of at least one, got {ratio!r}. None is the default.")
     checked = [check(own) for own in given]
     return [*checked[:texts], *checked[-1:] * (texts - len(checked))]
+
+
+def check_floor(min_fidelity: float) -> None:
+    """Raise ValueError where a floor under the fidelity is not a number from 0 to 1."""
+    if isinstance(min_fidelity, bool) or not isinstance(min_fidelity, Real) or not 0 <= min_fidelity <= 1:
+        raise ValueError(f"min_fidelity must be a number from 0 to 1, got {min_fidelity!r}. Use 1 for raw text.")
 
 
 def descend(
@@ -54,8 +61,7 @@ def descend(
     Raises:
         ValueError: when the floor is out of range.
     """
-    if isinstance(min_fidelity, bool) or not isinstance(min_fidelity, (int, float)) or not 0 <= min_fidelity <= 1:
-        raise ValueError(f"min_fidelity must be a number from 0 to 1, got {min_fidelity!r}. Use 1 for raw text.")
+    check_floor(min_fidelity)
     chosen: dict[int, Memory] = {}
     pending = set(range(len(ladders)))
     for ratio in sorted({ratio for ladder in ladders for ratio in ladder}, reverse=True):

@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pic_rag.assembler import Assembled, Assembler, Prompt
-from pic_rag.config import GeneratorPositions
+from pic_rag.config import GeneratorPositions, check_positive
 from pic_rag.generation.completion import Completion, FinishReason
 from pic_rag.generation.sampling import Sampling
 from pic_rag.memory import Memory
@@ -294,9 +294,7 @@ class BaseGenerator:
     def _check_batch_size(self, batch_size: int | None) -> int:
         if batch_size is None:
             return self._engine.batch_size
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}. Use 1 to decode one prompt at a time.")
-        return batch_size
+        return check_positive("batch_size", batch_size)
 
     def _assemble(self, prompt: Prompt, memories: Mapping[str, Memory], max_new_tokens: int) -> Assembled:
         assembled = self._assembler.assemble(prompt, memories)

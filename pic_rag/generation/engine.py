@@ -30,6 +30,7 @@ from pic_rag.generation.prefix import PREFIX_CACHE_BYTES, Prefix, PrefixCache, j
 from pic_rag.generation.reader import Reader
 from pic_rag.generation.sampling import Sampling
 from pic_rag.generation.turns import Turns
+from pic_rag.models.backbone import end_token_ids
 
 BATCH_PROMPTS = 8
 """Prompts that are decoded together by default."""
@@ -288,10 +289,3 @@ def _compact(head: torch.nn.Module, arguments: tuple[torch.Tensor, ...]) -> tupl
 def _log_probs(logits: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
     """`(tokens,)` of `(tokens, vocabulary)`, on the CPU; one prompt at a time, for float32 logits are large."""
     return -cross_entropy(logits.float(), token_ids.to(logits.device), reduction="none").cpu()
-
-
-def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Tokens that end an answer: the model's own, else the tokenizer's."""
-    ids = model.generation_config.eos_token_id
-    ids = tokenizer.eos_token_id if ids is None else ids
-    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)

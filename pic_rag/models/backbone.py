@@ -76,13 +76,21 @@ def load_backbone(
     embedded_default = name_or_path is None or str(name_or_path) == EMBEDDED_NAME
     source = str(embedded.generator_path()) if embedded_default else str(name_or_path)
     where = resolve_device(device)
+    computed_in = resolve_dtype(dtype, where)
     with quiet_loading(), _loading("weights", source):
-        model = _load_model(source, resolve_dtype(dtype, where), attn_implementation)
+        model = _load_model(source, computed_in, attn_implementation)
     with quiet_loading(), _loading("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source)
     return Backbone(
         cast("Any", model).to(where).eval(), tokenizer, EMBEDDED_NAME if embedded_default else str(name_or_path)
     )
+
+
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens that end an answer: the model's own, else the tokenizer's."""
+    ids = model.generation_config.eos_token_id
+    ids = tokenizer.eos_token_id if ids is None else ids
+    return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
 
 
 def _load_model(source: str, dtype: torch.dtype, attn_implementation: str | None) -> PreTrainedModel:

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+import uuid
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,19 @@ def write_folder(
         for name, data in named.items():
             write_file(folder / name, data)
         write_file(folder / MANIFEST, json.dumps(manifest, indent=1).encode())
-        for stem, suffix in (name.split(".") for name in files):
-            written = re.compile(rf"{stem}\.[0-9a-f]{{{_NAME_DIGITS}}}\.{suffix}(\.partial)?")
-            for path in folder.iterdir():
-                if written.fullmatch(path.name) and path.name not in named:
-                    path.unlink()
+        _sweep(folder, files, named)
         return read_state(folder)
+
+
+def _sweep(folder: Path, files: Iterable[str], named: Collection[str]) -> None:
+    """Remove data files of older states, and what killed processes have left."""
+    partial = r"\.[0-9a-f]{32}\.partial"
+    written = [rf"{re.escape(MANIFEST)}{partial}"]
+    for stem, suffix in (name.split(".") for name in files):
+        written.append(rf"{stem}\.[0-9a-f]{{{_NAME_DIGITS}}}\.{suffix}({partial})?")
+    for path in folder.iterdir():
+        if re.fullmatch("|".join(written), path.name) and path.name not in named:
+            path.unlink()
 
 
 def read_folder(folder: Path) -> tuple[str, dict[str, Any], dict[str, bytes]]:
@@ -119,12 +127,13 @@ def _read(folder: Path, manifest: Mapping[str, Any], stem: str) -> bytes:
     """A data file, checked."""
     try:
         record = manifest["files"][stem]
+        expected = record["sha256"]
         data = (folder / Path(record["name"]).name).read_bytes()
     except FileNotFoundError as error:
         raise damaged(folder, f"no '{record['name']}'") from error
     except (KeyError, TypeError) as error:
         raise damaged(folder, f"a '{MANIFEST}' without the file of its {stem}") from error
-    if _sha256(data) != record["sha256"]:
+    if _sha256(data) != expected:
         raise damaged(folder, f"a '{record['name']}' of another content")
     return data
 
@@ -148,9 +157,17 @@ def _sha256(data: bytes) -> str:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a file that readers see whole, as it was or as it is now."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as writer:
-        writer.write(data)
-        writer.flush()
-        os.fsync(writer.fileno())
-    partial.replace(path)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with partial.open("xb") as writer:
+            writer.write(data)
+            writer.flush()
+            os.fsync(writer.fileno())
+        partial.replace(path)
+    except OSError as error:
+        if error.filename is None:  # the disk is full, or broken
+            reason = f"{error.strerror}. What was there is as it was: free disk space, or save to another folder"
+            raise OSError(error.errno, reason, str(path)) from error
+        raise
+    finally:
+        partial.unlink(missing_ok=True)

@@ -237,6 +237,10 @@ class Retriever:
         for stem in ("index", "passages"):
             if stem not in files:
                 raise damaged(folder, f"no {stem}")
+        try:
+            PassageSplitter(manifest["passage_characters"], manifest["overlap_characters"])
+        except (TypeError, ValueError) as error:
+            raise damaged(folder, f"settings of no retriever ({error})") from error
         retriever = cls(
             embedder,
             passage_characters=manifest["passage_characters"],
@@ -277,22 +281,20 @@ class Retriever:
 
     def _replace(self, is_replaced: Callable[[Passage], bool], wanted: Mapping[str, Passage]) -> int:
         """Of these passages, keep the wanted ones, by hash, as they are now; returns how many went."""
-        with self._lock:
-            gone = [
-                row for row, passage in enumerate(self._passages) if passage.hash not in wanted and is_replaced(passage)
-            ]
+        gone = {
+            row for row, passage in enumerate(self._passages) if passage.hash not in wanted and is_replaced(passage)
+        }
+        kept = [wanted.get(passage.hash, passage) for row, passage in enumerate(self._passages) if row not in gone]
+        hashes = {passage.hash for passage in kept}
+        with self._lock:  # searches go on until here; nobody else changes passages, see `_adding`
             # later rows move up, as in the list
-            self._index.remove_ids(faiss.IDSelectorBatch(np.array(gone, dtype=np.int64)))
-            dropped = set(gone)
-            self._passages = [
-                wanted.get(passage.hash, passage) for row, passage in enumerate(self._passages) if row not in dropped
-            ]
-            self._hashes = {passage.hash for passage in self._passages}
+            self._index.remove_ids(faiss.IDSelectorBatch(np.array(sorted(gone), dtype=np.int64)))
+            self._passages, self._hashes = kept, hashes
         return len(gone)
 
 
 def _check_positive(name: str, value: int) -> None:
-    if not isinstance(value, Integral):
+    if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be a whole number, got {value!r}.")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}.")

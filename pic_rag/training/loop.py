@@ -20,8 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from pic_rag.encoder import PicEncoder
-from pic_rag.generation.engine import end_token_ids
-from pic_rag.models.backbone import ModelRef, generator_id
+from pic_rag.models.backbone import ModelRef, end_token_ids, generator_id
 from pic_rag.models.checkpoint import CONFIG_FILE, READER_FOLDER, Checkpoint
 from pic_rag.training.batch import Batch, StepDataset
 from pic_rag.training.config import TrainConfig

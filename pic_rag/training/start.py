@@ -11,8 +11,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from pic_rag.encoder import PicEncoder
-from pic_rag.generation.engine import end_token_ids
-from pic_rag.models.backbone import Backbone, ModelRef, load_backbone, same_model
+from pic_rag.models.backbone import Backbone, ModelRef, end_token_ids, load_backbone, same_model
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.models.quiet import quiet_loading
 from pic_rag.prompts import repeat_messages

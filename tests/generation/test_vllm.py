@@ -460,7 +460,7 @@ async def test_a_generator_in_process_can_be_awaited_too(plain: Generator) -> No
     expected = plain.generate(prompts, max_new_tokens=4)
     assert await plain.agenerate(prompts, max_new_tokens=4) == expected
     assert await plain.agenerate(prompts, max_new_tokens=4, batch_size=1) == expected
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number of 1 or more, got 0"):
         await plain.agenerate(prompts, batch_size=0)
     *pieces, generation = [item async for item in plain.astream("Who?", max_new_tokens=4)]
     assert generation == plain.generate("Who?", max_new_tokens=4)[0]

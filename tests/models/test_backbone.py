@@ -36,7 +36,7 @@ def test_the_back_end_asked_for_is_used(folder, asked):
 
 @pytest.mark.parametrize("wrong", ["int8", "half32", torch.int64])
 def test_a_dtype_that_does_not_compute_is_refused(folder, wrong):
-    with pytest.raises(ValueError, match="dtype must be one of float16, bfloat16, float32, float64, got"):
+    with pytest.raises(ValueError, match="^dtype must be one of float16, bfloat16, float32, float64, got"):
         load_backbone(folder, dtype=wrong)
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import errno
+import os
+import pickle
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -188,7 +193,7 @@ def test_a_killed_save_leaves_the_old_state(
 ) -> None:
     retriever.save(tmp_path)
     (tmp_path / "index.0123456789abcdef.faiss").write_bytes(b"whole, but not yet named by retriever.json")
-    (tmp_path / "passages.0123456789abcdef.jsonl.partial").write_bytes(b"half")
+    (tmp_path / f"passages.0123456789abcdef.jsonl.{'0' * 32}.partial").write_bytes(b"half")
     assert len(Retriever.load(tmp_path, embedder)) == 3
     retriever.save(tmp_path)
     assert len(list(tmp_path.iterdir())) == 4, "the next save removes what the killed one left"
@@ -225,6 +230,44 @@ def test_a_retriever_that_is_saved_again_while_it_is_loaded_is_loaded_whole(
     loaded = Retriever.load(tmp_path, embedder)
     assert loaded.passages == retriever.passages
     loaded.save(tmp_path)  # what was loaded is what is there
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda retriever: pickle.loads(pickle.dumps(retriever))])
+def test_a_copy_is_a_retriever_of_its_own(retriever: Retriever, duplicate: Callable[[Retriever], Retriever]) -> None:
+    before = len(retriever)
+    copied = duplicate(retriever)
+    copied.add([Document.from_text("Storks nest on chimneys.", source="storks.md")])
+    assert copied.search("Where do storks nest?", 1)[0].passage.source == "storks.md"
+    assert len(retriever) == before
+
+
+def test_searches_go_on_while_it_is_decided_what_goes(retriever: Retriever) -> None:
+    searched: list[int] = []
+
+    def condition(_: Passage) -> bool:
+        searched.append(len(retriever.search("boats", 1)))  # would wait for ever, were the lock held
+        return False
+
+    assert retriever.remove_where(condition) == 0
+    assert searched == [1] * len(retriever)
+
+
+def test_a_full_disk_is_named_and_leaves_the_old_state(
+    retriever: Retriever, embedder: SentenceTransformer, tmp_path: Path, monkeypatch
+) -> None:
+    retriever.save(tmp_path)
+    retriever.add([Document.from_text("Storks nest on chimneys.", source="storks.md")])
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device\. What was there is as it was") as error:
+            retriever.save(tmp_path)
+    assert str(tmp_path) in str(error.value.filename)
+    assert not list(tmp_path.glob("*.partial"))
+    assert len(Retriever.load(tmp_path, embedder)) == len(retriever) - 1
 
 
 def test_one_source_alone_is_not_taken_for_its_letters(retriever: Retriever) -> None:

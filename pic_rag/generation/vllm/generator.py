@@ -13,12 +13,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from pic_rag.assembler import Assembled
 from pic_rag.generation.answering import BaseGenerator, Decoder
 from pic_rag.generation.completion import Completion
-from pic_rag.generation.engine import end_token_ids
 from pic_rag.generation.sampling import Sampling
 from pic_rag.generation.vllm.offline import OfflineEngine
 from pic_rag.generation.vllm.serve import model_folder, servable, served_names
 from pic_rag.generation.vllm.server import ServerEngine
-from pic_rag.models.backbone import resolve_dtype
+from pic_rag.models.backbone import end_token_ids, resolve_dtype
 from pic_rag.models.checkpoint import Checkpoint
 
 
