@@ -75,7 +75,8 @@ class PicEncoder(nn.Module):
     """Turns a layout's slots into memory tokens.
 
     Args:
-        base: a causal LM; its decoder is copied, cut to `config.encoder_layers` layers and frozen.
+        base: a causal LM; its decoder is copied, cut to `config.encoder_layers` layers and frozen, its input embeddings
+            are frozen and shared.
         config: the PIC settings.
         generator_embeddings: input embeddings of the generator, frozen and not part of this module's state.
     """
@@ -177,8 +178,9 @@ def _cut_decoder(base: PreTrainedModel, config: PicConfig) -> PreTrainedModel:
     if keep > len(layers):
         raise ValueError(f"encoder_layers must be at most {len(layers)} (the base model's layers), got {keep}.")
     decoder.layers = layers[:keep]
+    embeddings = decoder.get_input_embeddings()  # of large vocabularies gigabytes, and frozen: not copied
     try:
-        cut = copy.deepcopy(decoder)
+        cut = copy.deepcopy(decoder, {id(embeddings): embeddings})
     finally:
         decoder.layers = layers
     cut.config = copy.deepcopy(cut.config)

@@ -227,6 +227,12 @@ def test_the_encoder_keeps_its_own_copy_of_the_first_layers(tiny_model):
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
 
 
+def test_the_encoder_shares_the_token_embeddings_of_its_base(tiny_model):
+    base = copy.deepcopy(tiny_model)
+    encoder = PicEncoder(base, _config(), base.get_input_embeddings())
+    assert encoder.token_embedding_weight is base.get_input_embeddings().weight
+
+
 def test_merging_the_lora_keeps_memories_and_trained_state(tiny_model):
     encoder = _encoder(tiny_model, _config())
     segment, state = _segment(_tokens(0)), {name: t.clone() for name, t in encoder.trained_state().items()}
