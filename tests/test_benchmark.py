@@ -17,11 +17,11 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pic_rag.benchmark.cases import Case, Runner, Sample
+from pic_rag.benchmark.cases import Case, CaseTimer, Sample
 from pic_rag.benchmark.compression import measure_compression
 from pic_rag.benchmark.measure import TokenClock, kv_bytes
 from pic_rag.benchmark.plot import draw
-from pic_rag.benchmark.report import Repetition, Report, Row, make_rows
+from pic_rag.benchmark.report import Repetition, Report, BenchRow, make_rows
 from pic_rag.benchmark.runner import benchmark, plan
 from pic_rag.benchmark.suite import SUITES, SYSTEMS, Suite
 from pic_rag.benchmark.workload import Workload
@@ -74,7 +74,7 @@ def workload(tiny_tokenizer: PreTrainedTokenizerFast) -> Workload:
     return Workload(Shortener(tiny_tokenizer))
 
 
-def find(report: Report, system: str, context_tokens: int = 128, batch_size: int = 1, **wanted: object) -> Row:
+def find(report: Report, system: str, context_tokens: int = 128, batch_size: int = 1, **wanted: object) -> BenchRow:
     wanted |= {"system": system, "context_tokens": context_tokens, "batch_size": batch_size}
     [row] = [row for row in report.rows if all(getattr(row, name) == value for name, value in wanted.items())]
     return row
@@ -152,7 +152,7 @@ def test_kinds_of_cache_differ_in_what_they_spare(report: Report) -> None:
 
 def test_times_are_of_the_same_answer_and_add_up(systems: Systems, workload: Workload) -> None:
     case = Case("pic", 4, 128, 2)
-    for sample in Runner(systems, 4).measure(case, workload.questions(2, 128, 64)):
+    for sample in CaseTimer(systems, 4).measure(case, workload.questions(2, 128, 64)):
         assert 0 < sample.first_token_s < sample.answer_s
         assert sample.until_first_s == sample.prepare_s + sample.first_token_s
         decoding_s = 2 * 3 / sample.decode_tokens_per_s  # two answers of three tokens after the first

@@ -77,7 +77,7 @@ class Sample:
         return None if self.answer_s is None else self.prepare_s + self.answer_s
 
 
-class Runner:
+class CaseTimer:
     """Measures cases.
 
     Args:

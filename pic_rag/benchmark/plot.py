@@ -11,13 +11,13 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from pic_rag.benchmark.report import Row
+    from pic_rag.benchmark.report import BenchRow
 
 _PANELS = {"first_token_s": "to the first token, seconds", "total_s": "to the end of the answer, seconds"}
 _MARKS = {None: "-", "hit": "-", "miss": "--", "prefix": ":"}
 
 
-def draw(rows: Sequence[Row]) -> Figure:
+def draw(rows: Sequence[BenchRow]) -> Figure:
     """Two panels for every batch size, a line for every system, ratio and kind of cache.
 
     Raises:
@@ -35,7 +35,7 @@ def draw(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def _draw_panel(axes: Axes, rows: Sequence[Row], batch: int, field: str) -> None:
+def _draw_panel(axes: Axes, rows: Sequence[BenchRow], batch: int, field: str) -> None:
     from matplotlib import colormaps
     from matplotlib.ticker import NullLocator
 

@@ -17,7 +17,7 @@ from pic_rag.evaluation.report import markdown_table
 
 
 @dataclass(frozen=True)
-class Row:
+class BenchRow:
     """A case over all its repetitions: medians, times in seconds.
 
     Attributes:
@@ -85,7 +85,7 @@ class Repetition:
 class Report:
     """The rows of a run, and everything needed to repeat it."""
 
-    rows: list[Row]
+    rows: list[BenchRow]
     compression: Compression
     splice: Splice
     config: dict[str, Any]
@@ -141,7 +141,7 @@ class Report:
 
 def make_rows(
     repetitions: Sequence[Repetition], cases: Iterable[Case], *, new_tokens: int, kv_bytes: int
-) -> Iterable[Row]:
+) -> Iterable[BenchRow]:
     """A row for every case and kind of cache, in the order of the cases.
 
     Args:
@@ -156,14 +156,14 @@ def make_rows(
             yield _row(repetitions, case, cache, new_tokens, kv_bytes)
 
 
-def _row(repetitions: Sequence[Repetition], case: Case, cache: str | None, new_tokens: int, kv_bytes: int) -> Row:
+def _row(repetitions: Sequence[Repetition], case: Case, cache: str | None, new_tokens: int, kv_bytes: int) -> BenchRow:
     runs = [(run, sample) for run in repetitions if (sample := run.find(case, cache)) is not None]
     samples = [sample for _, sample in runs]
     prompt_tokens = _median(sample.prompt_tokens for sample in samples)
     prepared = _median(sample.prepare_s or None for sample in samples)
     tokens = case.context_tokens * case.batch_size
     break_even = _median(_break_even(run, case, cache) for run, _ in runs)
-    return Row(
+    return BenchRow(
         **asdict(case),
         cache=cache,
         repeats=len(samples),
@@ -209,15 +209,15 @@ def _median(values: Iterable[float | None]) -> float | None:
     return median(known) if known else None
 
 
-def _number(name: str, form: str, scale: float = 1) -> Callable[[Row], str]:
-    def show(row: Row) -> str:
+def _number(name: str, form: str, scale: float = 1) -> Callable[[BenchRow], str]:
+    def show(row: BenchRow) -> str:
         value = getattr(row, name)
         return "" if value is None else format(value if scale == 1 else value * scale, form)
 
     return show
 
 
-def _skipped_lines(rows: Iterable[Row]) -> Iterator[str]:
+def _skipped_lines(rows: Iterable[BenchRow]) -> Iterator[str]:
     """Each reason once, with the rows that it left out."""
     reasons: dict[str, list[str]] = {}
     for row in rows:
@@ -228,12 +228,12 @@ def _skipped_lines(rows: Iterable[Row]) -> Iterator[str]:
         yield f"Not measured: {'; '.join(left_out)}. {reason}\n"
 
 
-def _show_break_even(row: Row) -> str:
+def _show_break_even(row: BenchRow) -> str:
     measured = row.faster is not None and row.cache in (None, "miss") and row.system not in ("text", "longllmlingua")
     return _number("break_even_queries", ".1f")(row) or ("never" if measured else "")
 
 
-_COLUMNS: dict[str, Callable[[Row], str]] = {
+_COLUMNS: dict[str, Callable[[BenchRow], str]] = {
     "system": lambda row: f"{row.system}, {row.cache}" if row.cache else row.system,
     "ratio": _number("ratio", ""),
     "context": _number("context_tokens", ""),

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pic_rag.benchmark.cases import Case, Runner, Sample
+from pic_rag.benchmark.cases import Case, CaseTimer, Sample
 from pic_rag.benchmark.compression import measure_compression
 from pic_rag.benchmark.measure import hardware, kv_bytes, load_average
 from pic_rag.benchmark.report import Repetition, Report, make_rows
@@ -48,7 +48,7 @@ def benchmark(systems: Systems, suite: Suite, *, minutes: float | None = None, p
     cases = list(plan(suite))
     compression = measure_compression(systems.compressor, workload, suite.ratios, suite.compress_tokens, suite.repeats)
     splice = measure_splice(systems, workload, SPLICE_RATIO if SPLICE_RATIO in suite.ratios else suite.ratios[0])
-    repetitions = _repeat(Runner(systems, suite.new_tokens), suite, cases, workload, stop, progress)
+    repetitions = _repeat(CaseTimer(systems, suite.new_tokens), suite, cases, workload, stop, progress)
     model = systems.plain.model
     device = torch.device(model.device)
     rows = list(make_rows(repetitions, cases, new_tokens=suite.new_tokens, kv_bytes=kv_bytes(model)))
@@ -90,14 +90,14 @@ def _lingua_versions(systems: Systems, suite: Suite) -> dict[str, str]:
 
 
 def _repeat(
-    runner: Runner, suite: Suite, cases: list[Case], workload: Workload, stop: float, progress: bool | None
+    timer: CaseTimer, suite: Suite, cases: list[Case], workload: Workload, stop: float, progress: bool | None
 ) -> list[Repetition]:
     """Measure all cases, again and again until `stop`; those that cannot be answered, or take long, once."""
     again = set(cases)
     repetitions: list[Repetition] = []
     with tqdm(total=len(cases) * suite.repeats, desc="bench", unit="case", delay=1.0,
               disable=None if progress is None else not progress) as bar:  # fmt: skip
-        _warm_up(runner, suite, cases, workload)
+        _warm_up(timer, suite, cases, workload)
         for _ in range(suite.repeats):
             samples: dict[Case, list[Sample]] = {}
             for size, group in groupby(cases, key=_size):
@@ -108,7 +108,7 @@ def _repeat(
                         samples[case] = [] if repetitions else [Sample(None, 0.0, skipped="there was no time left")]
                     elif case in again:
                         begin = time.perf_counter()
-                        samples[case] = _measure(runner, suite, case, questions)
+                        samples[case] = _measure(timer, suite, case, questions)
                         if time.perf_counter() - begin > suite.patience_s or _is_missing(samples[case]):
                             again.discard(case)
                     bar.update()
@@ -116,13 +116,13 @@ def _repeat(
     return repetitions
 
 
-def _warm_up(runner: Runner, suite: Suite, cases: list[Case], workload: Workload) -> None:
+def _warm_up(timer: CaseTimer, suite: Suite, cases: list[Case], workload: Workload) -> None:
     """Let libraries choose their kernels before anything counts."""
     smallest = min(map(_size, cases), key=math.prod)
     questions = _questions(suite, workload, *smallest)
     for case in cases:
         if _size(case) == smallest and case.system not in LINGUA_SYSTEMS:
-            _measure(runner, suite, case, questions)
+            _measure(timer, suite, case, questions)
 
 
 def _size(case: Case) -> tuple[int, int]:
@@ -135,7 +135,7 @@ def _questions(suite: Suite, workload: Workload, context_tokens: int, batch_size
     return workload.questions(number, context_tokens, suite.document_tokens)
 
 
-def _measure(runner: Runner, suite: Suite, case: Case, questions: Sequence[Question]) -> list[Sample]:
+def _measure(timer: CaseTimer, suite: Suite, case: Case, questions: Sequence[Question]) -> list[Sample]:
     tokens = math.prod(_size(case))
     for name in ("most_tokens", "lingua_tokens") if case.system in LINGUA_SYSTEMS else ("most_tokens",):
         if tokens > getattr(suite, name):
@@ -143,7 +143,7 @@ def _measure(runner: Runner, suite: Suite, case: Case, questions: Sequence[Quest
             return [
                 Sample(None, 0.0, skipped=f"{tokens} text tokens at once are over --{option} {getattr(suite, name)}")
             ]
-    return runner.measure(case, questions)
+    return timer.measure(case, questions)
 
 
 def _is_missing(samples: Sequence[Sample]) -> bool:
