@@ -1,7 +1,8 @@
 """Question files: `.jsonl`, `.jsonl.gz` and SQuAD's own `.json` become questions. Standard library only.
 
-A line is `{"id", "question", "answers": [...], "contexts": [{"title", "text", "is_gold"}]}`. `id`, `title` and, where
-there is one context, `is_gold` may be missing. This file does not know who asks: training and evaluation both do.
+A line is `{"id", "question", "answers": [...], "contexts": [{"title", "text", "is_gold"}]}`. `id`, `title` and
+`is_gold` may be missing: a context that stands alone is gold then, others are not; where none is, training takes those
+that hold an answer (`pic_rag.training.corpora.Record`). This file does not know who asks: training and evaluation do.
 """
 
 from __future__ import annotations
@@ -77,9 +78,12 @@ class Question:
             raise _error(where, "contexts", 'a list of {"title", "text", "is_gold"}', contexts)
         alone = len(contexts) == 1
         read = tuple(_context(context, alone, where) for context in contexts)
-        for text in (question, *(context.document for context in read)):
-            check_unicode(f"{where}: question and contexts", text)
-        return cls(str(values.get("id", where)), question, tuple(filter(str.strip, answers)), read)
+        name = str(values.get("id", where))
+        documents = [context.document for context in read]
+        for field, texts in {"id": [name], "question and contexts": [question, *documents], "answers": answers}.items():
+            for text in texts:
+                check_unicode(f"{where}: {field}", text)
+        return cls(name, question, tuple(filter(str.strip, answers)), read)
 
 
 def read_questions(source: str | Path, *, gold_only: bool = False) -> Iterator[Question]:

@@ -21,7 +21,7 @@ from pic_rag.benchmark.cases import Case, CaseTimer, Sample
 from pic_rag.benchmark.compression import measure_compression
 from pic_rag.benchmark.measure import TokenClock, kv_bytes
 from pic_rag.benchmark.plot import draw
-from pic_rag.benchmark.report import Repetition, Report, BenchRow, make_rows
+from pic_rag.benchmark.report import BenchRow, Repetition, Report, make_rows
 from pic_rag.benchmark.runner import benchmark, plan
 from pic_rag.benchmark.suite import SUITES, SYSTEMS, Suite
 from pic_rag.benchmark.workload import Workload

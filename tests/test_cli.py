@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import get_args
 
@@ -21,12 +22,12 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 
-from pic_rag.cli import ask, main
+from pic_rag.cli import ask, evaluate, main
 from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.rag import Mode, PicRag
 from pic_rag.store import STORE_FILE, MemoryCache, ShardStore, SQLiteStore
-from pic_rag.training.config import CONFIGS, find_config
+from pic_rag.training.config import CONFIGS, Stage, TrainConfig, find_config
 
 TEXTS = {
     "frogs.md": "Glass frogs hide their red blood in the liver while they sleep.",
@@ -217,6 +218,15 @@ def test_on_a_terminal_the_same_answer_comes_piece_by_piece(docs, options, capsy
     assert capsys.readouterr().out.strip() == at_once
 
 
+def test_train_explains_its_fields_and_needs_no_configuration_for_it(capsys) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--fields"])
+    explained = capsys.readouterr().out
+    assert re.findall(r"^  (\w+): .+", explained, re.MULTILINE) == [
+        field.name for config in (TrainConfig, Stage, PicConfig) for field in fields(config)
+    ]
+
+
 def test_ask_json_is_one_object_with_exactly_these_keys(docs, options, capsys) -> None:
     assert main(["ask", QUESTION, "--docs", str(docs), "--json", "--top-k", "2", "--ratio", "8", *options]) == 0
     captured = capsys.readouterr()
@@ -226,7 +236,7 @@ def test_ask_json_is_one_object_with_exactly_these_keys(docs, options, capsys) -
         "answer", "documents", "prompt_tokens", "text_prompt_tokens", "latency_ms", "model", "compressor",
     }  # fmt: skip
     assert set(values["latency_ms"]) == {"retrieve", "compress", "first_token", "total"}
-    keys = {"id", "score", "text_tokens", "memory_tokens", "ratio", "fidelity", "handle", "cached"}
+    keys = {"id", "score", "text_tokens", "memory_tokens", "ratio", "fidelity", "handle", "cached", "source"}
     assert [set(document) for document in values["documents"]] == [keys, keys]
     assert values["documents"][0]["memory_tokens"] == 8
     assert values["prompt_tokens"] < values["text_prompt_tokens"]
@@ -494,7 +504,9 @@ def test_eval_scores_systems_and_writes_the_report(options, tmp_path, capsys) ->
 def test_eval_says_in_the_report_which_questions_were_asked_with_which_documents(options, tmp_path, capsys) -> None:
     contexts = [{"title": name, "text": text, "is_gold": name == "frogs.md"} for name, text in TEXTS.items()]
     line = {"question": QUESTION, "answers": ["the liver"], "contexts": contexts, "rationale": "In the liver. #### 1"}
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps({"id": str(n), **line}) + "\n" for n in range(6)))
+    unanswerable = {"question": "Why?", "answers": [], "contexts": [{"text": "Nobody knows."}]}
+    lines = [*({"id": str(n), **line} for n in range(6)), unanswerable]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def evaluated(*chosen: str) -> tuple[dict, dict]:
         command = ["eval", "--data", str(tmp_path / "q.jsonl"), "--json", str(tmp_path / "r.json"), "--systems", "text"]
@@ -510,14 +522,29 @@ def test_eval_says_in_the_report_which_questions_were_asked_with_which_documents
     config, gold = evaluated("--gold-only", "--limit", "2")
     assert gold["n"] == 2
     assert gold["prompt_tokens_mean"] < whole["prompt_tokens_mean"]
-    config, found = evaluated("--retrieve", "1", "--limit", "2")
-    assert (config["data"]["passages"], config["data"]["recall"]) == (3, 1.0)
+    capsys.readouterr()
+    config, found = evaluated("--retrieve", "1")
+    assert (config["data"]["passages"], config["data"]["recall"]) == (4, 1.0)
+    assert capsys.readouterr().err.count("1 questions without an answer were skipped") == 1
     assert found["prompt_tokens_mean"] == gold["prompt_tokens_mean"]
     config, solved = evaluated(
         "--task", "gsm8k", "--examples", str(tmp_path / "q.jsonl"), "--shots", "2", "--limit", "1"
     )
     assert (config["task"], config["data"]["examples"], config["data"]["shots"]) == ("gsm8k", "q.jsonl", 2)
     assert solved["text_tokens_mean"] == 2 * len(f"Question: {QUESTION}\nAnswer: In the liver. #### 1")
+
+
+@pytest.mark.parametrize("chosen", [["--systems", "text"], ["--floors", "0"]], ids=["rows", "floors"])
+def test_eval_saves_its_report_before_it_prints(options, tmp_path, monkeypatch, chosen) -> None:
+    def fail(_: object) -> None:
+        raise OSError("The output is full.")
+
+    line = {"question": QUESTION, "answers": ["the liver"], "contexts": [{"text": TEXTS["frogs.md"]}]}
+    (tmp_path / "q.jsonl").write_text(json.dumps(line))
+    monkeypatch.setattr(evaluate, "report_table", fail)
+    command = ["eval", "--data", str(tmp_path / "q.jsonl"), "--json", str(tmp_path / "report.json")]
+    assert main([*command, *chosen, "--ratios", "4", "--max-new-tokens", "2", *options]) == 1
+    assert json.loads((tmp_path / "report.json").read_text())["rows"]
 
 
 def test_eval_refuses_a_system_it_does_not_know(options, tmp_path, capsys) -> None:

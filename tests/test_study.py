@@ -15,7 +15,7 @@ import yaml
 from pic_rag.cli import main
 from pic_rag.config import PRESETS
 from pic_rag.study.config import CONFIGS, StudyConfig
-from pic_rag.study.records import best, read_results, read_run
+from pic_rag.study.records import best, read_bounds, read_results, read_run
 from pic_rag.study.report import render, write_report
 from pic_rag.study.runner import run_study
 from pic_rag.study.watch import Watch
@@ -177,6 +177,34 @@ def test_bounds_appear_whole(smoke, tmp_path, monkeypatch) -> None:
     with pytest.raises(MemoryError):
         run_study(smoke, tmp_path, progress=False)
     assert not (tmp_path / "metrics" / "bounds.jsonl").exists()
+
+
+def test_bounds_are_measured_again_when_what_is_measured_changed_and_only_then(
+    folder, smoke, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setattr(Trainer, "run", lambda *_: None)
+    bounds = tmp_path / "metrics" / "bounds.jsonl"
+    bounds.parent.mkdir()
+    shutil.copy(folder / "metrics" / bounds.name, bounds)
+    written = bounds.stat()
+
+    def measure(**changed) -> list[tuple[str, int]]:
+        measured = dataclasses.replace(smoke.measured, **changed)
+        run_study(dataclasses.replace(smoke, measured=measured), tmp_path, arms=["pic"], progress=False)
+        (tmp_path / "metrics" / "pic-0.jsonl").unlink()
+        return [(line["system"], line["n"]) for line in read_bounds(bounds)[1]]
+
+    assert measure() == [(system, 2) for system in ("text", "none", "truncate", "truncate")]
+    assert bounds.stat() == written
+    assert measure(limit=1, bounds=("none",)) == [("none", 1)]
+    assert measure(bounds=()) == []
+
+
+def test_bounds_of_an_older_version_are_read_without_a_head(folder, tmp_path) -> None:
+    head, answers = read_bounds(folder / "metrics" / "bounds.jsonl")
+    (tmp_path / "bounds.jsonl").write_text("".join(json.dumps(line) + "\n" for line in answers))
+    assert head
+    assert read_bounds(tmp_path / "bounds.jsonl") == ({}, answers)
 
 
 def test_a_run_made_with_another_configuration_is_refused_and_nothing_written(folder, smoke, tmp_path) -> None:

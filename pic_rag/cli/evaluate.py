@@ -20,10 +20,10 @@ from pic_rag.cli.options import (
     share,
 )
 from pic_rag.evaluation.report import report_table
+from pic_rag.questions import Question, pick, read_questions, read_rows
 
 if TYPE_CHECKING:
     from pic_rag.compression.compressor import Compressor
-    from pic_rag.questions import Question
 
 _SYSTEMS = ("pic", "text", "none", "truncate", "pool")
 
@@ -94,8 +94,8 @@ def run(args: argparse.Namespace) -> int:
         data=data,
         progress=progress(args),
     )
-    print(report_table(report.to_dict()), end="")
     report.save(args.json)
+    print(report_table(report.to_dict()), end="")
     return 0
 
 
@@ -134,9 +134,9 @@ def _run_floors(
         batch_size=args.batch_size,
         data=data,
     )
+    report.save(args.json)
     print(report_table(report.to_dict()), end="")
     print(f"AUROC over all ratios: {'-' if report.auroc is None else f'{report.auroc:.2f}'}")
-    report.save(args.json)
     return 0
 
 
@@ -168,8 +168,6 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
 
 def _questions(args: argparse.Namespace) -> tuple[list[Question], dict[str, Any]]:
     """The questions asked, and how the report names them."""
-    from pic_rag.questions import pick, read_questions
-
     chosen = ("every", "offset", "limit", "gold_only", "retrieve")
     data = {"file": args.data.rpartition("/")[2], **{name: getattr(args, name) for name in chosen}}
     source = read_questions(args.data, gold_only=args.gold_only)
@@ -182,7 +180,8 @@ def _questions(args: argparse.Namespace) -> tuple[list[Question], dict[str, Any]
     if args.retrieve:
         from pic_rag.evaluation.retrieval import retrieve
 
-        found = retrieve(questions, read_questions(args.data), args.retrieve, progress=progress(args))
+        pool = map(Question.from_row, read_rows(args.data))
+        found = retrieve(questions, pool, args.retrieve, progress=progress(args))
         data |= {"passages": found.passages, "recall": found.recall, "recall_all": found.recall_all}
         questions = found.questions
     if args.examples:

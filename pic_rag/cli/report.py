@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import NoReturn
 
 from pic_rag.cli.options import Commands, add_command, names
 from pic_rag.evaluation.report import COLUMNS, read_report, refill, report_table
@@ -46,18 +47,35 @@ def run(args: argparse.Namespace) -> int:
 
 def updated(path: Path) -> str:
     """A Markdown file's text with its tables as their reports have them now."""
-    marker = argparse.ArgumentParser(add_help=False, exit_on_error=False)
-    marker.add_argument("report")
+    marker = _Marker(add_help=False)
+    marker.add_argument("report", metavar="FILE")
     _add_options(marker)
 
     def render(options: str) -> str:
-        args = marker.parse_args(shlex.split(options))
+        args = marker.read(options)
         return report_table(read_report(path.parent / args.report), args.columns, args.rows)
 
     try:
         return refill(path.read_text(encoding="utf-8"), render)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+class _Marker(argparse.ArgumentParser):
+    """Reads what stands above a table; it is no command, so what is wrong there is an error and no usage."""
+
+    def read(self, options: str) -> argparse.Namespace:
+        """Parse the options of a marker; ValueError quotes those that are wrong."""
+        try:
+            return self.parse_args(shlex.split(options))
+        except ValueError as error:
+            raise ValueError(
+                f"A table's marker must hold FILE, --columns and --rows, got {options!r}: {error}. Correct it."
+            ) from error
+
+    def error(self, message: str) -> NoReturn:
+        """In place of leaving with the usage of a command."""
+        raise ValueError(message)
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:

@@ -15,9 +15,9 @@ _BEGIN = r"<!-- pic-rag report (?P<options>[^\n]+?) -->\n"
 _END = "<!-- end of report -->"
 _MARKED = re.compile(f"({_BEGIN})(?P<table>.*?)(?:{_END}|(?=<!-- pic-rag report )|\\Z)", re.DOTALL)
 
-Row = Mapping[str, Any]
+JsonRow = Mapping[str, Any]
 
-COLUMNS: dict[str, tuple[str, Callable[[Row], str]]] = {
+COLUMNS: dict[str, tuple[str, Callable[[JsonRow], str]]] = {
     "reads": ("the generator reads", lambda row: _reads(row)),
     "system": ("system", lambda row: str(row["system"])),
     "ratio": ("ratio", lambda row: "mixed" if row["ratio"] is None and "min_fidelity" in row else _ratio(row)),
@@ -84,7 +84,7 @@ def _default_columns(report: Mapping[str, Any]) -> Sequence[str]:
     return (*DEFAULT_COLUMNS, "bytes") if stored else DEFAULT_COLUMNS
 
 
-def _cell(row: Row, column: str) -> str:
+def _cell(row: JsonRow, column: str) -> str:
     try:
         return COLUMNS[column][1](row)
     except KeyError as error:
@@ -157,22 +157,22 @@ def percent(share: float | None) -> str:
     return "" if share is None else f"{100 * share:.1f}"
 
 
-def _ratio(row: Row) -> str:
+def _ratio(row: JsonRow) -> str:
     return _number(row, "ratio", "")
 
 
-def _number(row: Row, name: str, form: str) -> str:
+def _number(row: JsonRow, name: str, form: str) -> str:
     return "" if row.get(name) is None else format(row[name], form)
 
 
-def _reads(row: Row) -> str:
+def _reads(row: JsonRow) -> str:
     from pic_rag.evaluation.systems import SYSTEMS
 
     ratio = row["ratio"]
     return SYSTEMS[row["system"]] + ("" if ratio is None else f", ratio {ratio}")
 
 
-def _find(rows: Sequence[Row], name: str) -> Row:
+def _find(rows: Sequence[JsonRow], name: str) -> JsonRow:
     for row in rows:
         if _name(row) == name:
             return row
@@ -180,6 +180,6 @@ def _find(rows: Sequence[Row], name: str) -> Row:
     raise ValueError(f"rows must be some of {known}, got {name!r}.")
 
 
-def _name(row: Row) -> str:
+def _name(row: JsonRow) -> str:
     """A system, or a system and a ratio; of a report without systems the ratio alone."""
     return ":".join(str(part) for part in (row.get("system"), row["ratio"]) if part is not None)

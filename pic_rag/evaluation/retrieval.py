@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 
 from sentence_transformers import SentenceTransformer
 
@@ -20,14 +21,15 @@ class Retrieved:
     Attributes:
         questions: `is_gold` of a passage says whether it was a gold one of that very question.
         passages: distinct passages that were searched.
-        recall: share of the questions with at least one of their gold passages among those found.
-        recall_all: share with all of them: what a question over several passages needs.
+        recall: of the questions that have a gold passage, the share with at least one among those found; None where no
+            question has one.
+        recall_all: likewise, with all of them: what a question over several passages needs.
     """
 
     questions: list[Question]
     passages: int
-    recall: float
-    recall_all: float
+    recall: float | None
+    recall_all: float | None
 
 
 def retrieve(
@@ -45,7 +47,7 @@ def retrieve(
 
     Args:
         questions: what is asked.
-        pool: questions whose contexts are searched, as a rule those of the whole file.
+        pool: questions whose contexts are searched, as a rule all of the file, unanswerable ones too.
         top_k: passages for each question.
         embedder: a sentence-transformers model, its folder or hub id; None: the embedded MiniLM.
         progress: of embedding: True shows a bar, False none; None shows it on a terminal.
@@ -66,25 +68,16 @@ def retrieve(
         progress=progress,
     )
     found = [_answerable(asked, retriever, contexts, top_k) for asked in questions]
-    hits = [_hits(*pair) for pair in zip(questions, found, strict=True)]
-    return Retrieved(
-        found,
-        len(retriever),
-        sum(some for some, _ in hits) / max(1, len(hits)),
-        sum(every for _, every in hits) / max(1, len(hits)),
-    )
+    pairs = [(_gold(asked), _gold(got)) for asked, got in zip(questions, found, strict=True)]
+    hits = [(bool(there), gold <= there) for gold, there in pairs if gold]
+    some, every = (fmean(flags) for flags in zip(*hits, strict=True)) if hits else (None, None)
+    return Retrieved(found, len(retriever), recall=some, recall_all=every)
 
 
 def _answerable(asked: Question, retriever: Retriever, contexts: Sequence[Context], top_k: int) -> Question:
     gold = _gold(asked)
     chosen = [contexts[hit.passage.metadata["number"]] for hit in retriever.search(asked.question, top_k)]
     return replace(asked, contexts=tuple(replace(context, is_gold=context.document in gold) for context in chosen))
-
-
-def _hits(asked: Question, found: Question) -> tuple[bool, bool]:
-    """Whether one, and whether every gold passage was found."""
-    gold, there = _gold(asked), _gold(found)
-    return bool(there), bool(gold) and gold <= there
 
 
 def _gold(asked: Question) -> set[str]:

@@ -28,7 +28,7 @@ _LOOKAHEAD_BATCHES = 8  # batches given to the generator at once: it decodes pro
 
 
 @dataclass(frozen=True)
-class Row:
+class EvalRow:
     """How one system did at one ratio.
 
     Attributes:
@@ -66,10 +66,10 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class EvalReport:
     """The rows of a run, and everything needed to repeat it."""
 
-    rows: list[Row]
+    rows: list[EvalRow]
     config: dict[str, Any]
     versions: dict[str, str]
 
@@ -107,7 +107,7 @@ def evaluate(
     predictions: str | Path | None = None,
     data: Mapping[str, Any] | None = None,
     progress: bool | None = None,
-) -> Report:
+) -> EvalReport:
     """Let systems answer questions greedily and score them.
 
     Args:
@@ -146,7 +146,7 @@ def evaluate(
         lines = None if predictions is None else open_files.enter_context(_create(predictions))
         rows = list(run.rows(plan, bar, lines, progress))
     config = {"data": None if data is None else dict(data), "task": task, **run.config(systems, ratios)}
-    return Report(rows, config, versions())
+    return EvalReport(rows, config, versions())
 
 
 class _Run:
@@ -187,7 +187,7 @@ class _Run:
 
     def rows(
         self, plan: Sequence[tuple[str, Ratio]], bar: tqdm, lines: TextIO | None, progress: bool | None
-    ) -> Iterator[Row]:
+    ) -> Iterator[EvalRow]:
         """Answer and score, row by row."""
         full_text = self._answer("text", None, bar, progress)
         read = self._answer("text+reader", None, bar, progress) if ("text+reader", None) in plan else None
@@ -285,12 +285,12 @@ def _named(ratio: Ratio) -> int | str | None:
     return "+".join(map(str, ratio)) if isinstance(ratio, tuple) else cast("int | None", ratio)
 
 
-def _row(system: str, ratio: Ratio, scored: Sequence[dict[str, Any]], given: _Answers) -> Row:
+def _row(system: str, ratio: Ratio, scored: Sequence[dict[str, Any]], given: _Answers) -> EvalRow:
     def mean(name: str) -> float | None:
         values = [line[name] for line in scored if line[name] is not None]
         return fmean(values) if values else None
 
-    return Row(
+    return EvalRow(
         system=system,
         ratio=_named(ratio),
         n=len(scored),

@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from pic_rag.evaluation.metrics import exact_match
-from pic_rag.prompts import rag_messages
+from pic_rag.prompts import check_unicode, rag_messages
 from pic_rag.questions import Context, Question, read_jsonl
 
 _CALCULATION = re.compile(r"<<.*?>>")  # GSM8K's calculator notes, which are no text
@@ -78,12 +78,14 @@ def with_examples(questions: Iterable[Question], source: str | Path, shots: int)
         shots: how many.
 
     Raises:
-        ValueError: when the file holds fewer, or a line has no rationale.
+        ValueError: when the file holds fewer, or a line has no question or no rationale.
     """
     examples = []
     for values, where in islice(read_jsonl(source), shots):
-        if not isinstance(values.get("rationale"), str):
-            raise ValueError(f"rationale must be a string, got {values.get('rationale')!r} in {where}.")
+        for name in ("question", "rationale"):
+            if not isinstance(values.get(name), str):
+                raise ValueError(f"{name} must be a string, got {values.get(name)!r} in {where}. Correct the file.")
+            check_unicode(f"{where}: {name}", values[name])
         solution = _CALCULATION.sub("", values["rationale"])
         examples.append(Context("", f"Question: {values['question']}\nAnswer: {solution}", True))
     if len(examples) < shots:

@@ -27,7 +27,7 @@ class Run:
         head: arm, seed, steps, configuration, versions; empty before the run has begun.
         losses: `step`, `seconds`, `ratio`, `loss`, `kl`, `accuracy` on the answers' tokens, `text_loss` and
             `text_accuracy` on the documents', in the order of training.
-        answers: `step`, `seconds` and the fields of `pic_rag.evaluation.runner.Row`, likewise.
+        answers: `step`, `seconds` and the fields of `pic_rag.evaluation.runner.EvalRow`, likewise.
         whole: False where the last line was cut while it was written.
     """
 
@@ -82,7 +82,14 @@ def read_results(folder: str | Path) -> Results:
     folder = Path(folder)
     study = StudyConfig.load(folder / STUDY_FILE)
     runs = {arm: [read_run(metrics_path(folder, arm, seed)) for seed in study.seeds] for arm in study.arms}
-    return Results(study, runs, read_lines(folder / METRICS_FOLDER / BOUNDS_FILE))
+    return Results(study, runs, read_bounds(folder / METRICS_FOLDER / BOUNDS_FILE)[1])
+
+
+def read_bounds(path: Path) -> tuple[Line, list[Line]]:
+    """What the answers of a bounds file depend on, empty where an older pic-rag did not write it, and the answers."""
+    lines = read_lines(path)
+    head = next((line for line in lines if "system" not in line), {})
+    return head, [line for line in lines if "system" in line]
 
 
 def read_run(path: Path) -> Run:

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from pic_rag.questions import Question, pick, read_questions
 from pic_rag.reporting import versions
 from pic_rag.study.config import Measured, StudyConfig
-from pic_rag.study.records import BOUNDS_FILE, METRICS_FOLDER, STUDY_FILE, metrics_path, read_run
+from pic_rag.study.records import BOUNDS_FILE, METRICS_FOLDER, STUDY_FILE, metrics_path, read_bounds, read_run
 from pic_rag.study.watch import Watch, answer_line, answers
 from pic_rag.training.config import TrainConfig, from_demo
 from pic_rag.training.guards import sole_writer
@@ -74,14 +74,14 @@ def run_study(
         if not read_run(path).finished:
             logger.info("study: arm %s, seed %d", arm, seed)
             config, head = configs[arm, seed], heads[arm, seed]
-            bounds = study.measured.bounds if arm == next(iter(study.arms)) else ()  # once, also beside other processes
+            bounds = arm == next(iter(study.arms))  # once, also beside other processes
             _train(study.measured, bounds, questions, config, path, head, left, progress)
     return all(read_run(metrics_path(folder, arm, seed)).finished for arm, seed in runs)
 
 
 def _train(
     measured: Measured,
-    bounds: Sequence[str],
+    bounds: bool,
     questions: Sequence[Question],
     config: TrainConfig,
     path: Path,
@@ -89,22 +89,33 @@ def _train(
     minutes: float | None,
     progress: bool | None,
 ) -> None:
-    """One run, from where it stands."""
+    """One run, from where it stands; with the study's bounds, or without."""
     torch.compiler.reset()  # arms differ in depth: what was compiled for the last one is of no use
     accelerator = Accelerator()
     with sole_writer(Path(config.out), main_process=accelerator.is_main_process):
         trainer = Trainer(config, accelerator)
         begin_lines(path, head, trainer.step - 1)  # what is due where it stands is measured now, perhaps once more
-        bounds_path = path.with_name(BOUNDS_FILE)
-        if bounds and not bounds_path.exists():
-            compressor = trainer.out / COMPRESSOR_FOLDER
-            trainer.export(compressor)
-            rows = answers(measured, questions, bounds, compressor, trainer, progress)
-            write_lines(bounds_path, *map(answer_line, rows))
+        if bounds:
+            _measure_bounds(measured, questions, path.with_name(BOUNDS_FILE), trainer, progress)
         watch = Watch(measured, questions, trainer, path, progress)
         watch(trainer)
         if trainer.step < config.steps:
             trainer.run(minutes, progress, watch)
+
+
+def _measure_bounds(
+    measured: Measured, questions: Sequence[Question], path: Path, trainer: Trainer, progress: bool | None
+) -> None:
+    """Answers of the systems that no arm changes, unless the file holds them; its head says what they depend on."""
+    of_run = {name: getattr(trainer.config, name) for name in ("base_model", "precision")}
+    head = json.loads(json.dumps({"measured": asdict(measured), **of_run}))
+    if not measured.bounds:
+        path.unlink(missing_ok=True)
+    elif read_bounds(path)[0] != head:
+        compressor = trainer.out / COMPRESSOR_FOLDER
+        trainer.export(compressor)
+        rows = answers(measured, questions, measured.bounds, compressor, trainer, progress)
+        write_lines(path, head, *map(answer_line, rows))
 
 
 def _questions(measured: Measured) -> list[Question]:

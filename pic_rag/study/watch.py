@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from pic_rag.evaluation.runner import Row, evaluate
+from pic_rag.evaluation.runner import EvalRow, evaluate
 from pic_rag.questions import Question
 from pic_rag.study.config import Measured
 from pic_rag.training.batch import Batch, build_batches
@@ -80,7 +80,7 @@ class Watch:
             sums += torch.stack(self.objective.measure(batch.to(device))) * len(batch.reads.target_ids)
         return (sums / sum(len(batch.reads.target_ids) for batch in batches)).tolist()
 
-    def _answers(self, trainer: Trainer) -> list[Row]:
+    def _answers(self, trainer: Trainer) -> list[EvalRow]:
         """Answers of the compressor as it would be shipped now, and of its reader reading the text."""
         folder = trainer.out / COMPRESSOR_FOLDER
         trainer.export(folder)
@@ -95,7 +95,7 @@ def answers(
     compressor: Path,
     trainer: Trainer,
     progress: bool | None,
-) -> list[Row]:
+) -> list[EvalRow]:
     """What `pic-rag eval` says of some systems, on the trainer's device and in its precision."""
     report = evaluate(
         questions,
@@ -111,6 +111,6 @@ def answers(
     return report.rows
 
 
-def answer_line(row: Row) -> dict[str, Any]:
+def answer_line(row: EvalRow) -> dict[str, Any]:
     """A row as a metrics file holds it; its time would be another in every run."""
     return {name: value for name, value in asdict(row).items() if name != "seconds"}

@@ -15,7 +15,7 @@ import numpy as np
 from jinja2 import TemplateError
 
 from pic_rag.chunking import token_windows
-from pic_rag.handles import split_handles
+from pic_rag.handles import escape_handles, split_handles
 from pic_rag.prompts import INSTRUCTION, rag_messages, repeat_messages
 
 MEMORY = -1  # stands in a sequence where a memory token goes
@@ -121,7 +121,7 @@ class Chat:
             messages = [
                 *messages,
                 {"role": "assistant", "content": answer},
-                {"role": "user", "content": following},
+                {"role": "user", "content": escape_handles(following)},
             ]
             longer = self._render(messages)
             said = self._said(prompt, answer, longer)

@@ -138,7 +138,7 @@ class TrainConfig:
     )
     warmup_steps: int = described("steps to full learning rate", default=50)
     decay_share: float = described("last share of all steps over which the rate falls linearly to zero", default=0.2)
-    weight_decay: float = described("of AdamW, on matrices", default=0.01)
+    weight_decay: float = described("of AdamW, on all that is trained", default=0.01)
     clip: float = described("largest gradient norm", default=1.0)
     precision: str = described(
         "'bf16' or 'fp32', of models and activations; trained weights stay float32", default="bf16"

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from pic_rag.chunking import tokenize
 from pic_rag.prompts import check_unicode
-from pic_rag.questions import Question, Row, read_jsonl, read_rows
+from pic_rag.questions import Question, Row, document_text, read_jsonl, read_rows
 from pic_rag.training.synthetic import passages
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ class Record:
         question: as asked.
         answers: at least one.
         contexts: the documents' texts, title first where there is one.
-        gold: numbers of the contexts that hold the answer.
+        gold: numbers of the contexts that hold the answer: those flagged `is_gold`; where none is, those whose text
+            holds an answer, in whatever case; where none does either, all of them.
         cut_from: the whole text that the context of a synthetic question is a passage of.
     """
 
@@ -90,9 +91,16 @@ class TokenTable:
 def read_texts(source: str) -> Iterator[str]:
     """Texts of a corpus: `.txt` or `.md` (one), `.jsonl(.gz)` (`text` of each line), `hf:ID[:SPLIT]` of `datasets`."""
     if source.endswith(_ONE_TEXT):
-        yield Path(source).read_text(encoding="utf-8")
+        yield _read_text(source)
     else:
         yield from (values["text"] for values, _ in _text_rows(source))
+
+
+def _read_text(source: str) -> str:
+    try:
+        return Path(source).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source} must be UTF-8, got: {error}. Convert the file.") from error
 
 
 def _text_rows(source: str) -> Iterator[Row]:
@@ -112,7 +120,7 @@ def _hub_rows(source: str) -> Iterator[Row]:
         yield Row(values, f"{source}, row {number}")
 
 
-def read_questions(source: str) -> Iterator[Record]:
+def read_records(source: str) -> Iterator[Record]:
     """Questions of a file: `.jsonl(.gz)` in the form of `pic-rag eval`, or SQuAD's own `.json`.
 
     `synthetic:FILE` is a `.jsonl(.gz)` file of texts, and the questions are those of `pic_rag.training.synthetic`.
@@ -135,13 +143,18 @@ def read_questions(source: str) -> Iterator[Record]:
 def _record(row: Row) -> Record:
     """A question and those of its contexts that hold text; none of them where no gold one does."""
     asked = Question.from_row(row)
-    for answer in asked.answers:
-        check_unicode(f"{row.where}: answers", answer)
     contexts = [context for context in asked.contexts if context.text.strip()]
+    texts = [context.document for context in contexts]
     gold = [number for number, context in enumerate(contexts) if context.is_gold]
-    if not gold and any(context.is_gold for context in asked.contexts):
-        contexts = []
-    return Record(asked.question, list(asked.answers), [context.document for context in contexts], gold)
+    if not any(context.is_gold for context in asked.contexts):
+        gold = _holding(asked.answers, texts) or list(range(len(texts)))
+    return Record(asked.question, list(asked.answers), texts if gold else [], gold)
+
+
+def _holding(answers: Sequence[str], texts: Sequence[str]) -> list[int]:
+    """Numbers of the texts that hold one of the answers."""
+    sought = [answer.strip().casefold() for answer in answers]
+    return [number for number, text in enumerate(texts) if any(answer in text.casefold() for answer in sought)]
 
 
 def held_out_hashes(sources: Sequence[str]) -> set[str]:
@@ -158,13 +171,21 @@ def _held_out_texts(source: str) -> Iterator[str]:
         texts: list[tuple[str, Any]] = [(name, values[name]) for name in ("text", "question") if name in values]
         contexts = values.get("contexts") or []
         for context in contexts if isinstance(contexts, list) else [contexts]:
-            texts.append(("contexts", context.get("text") if isinstance(context, dict) else None))
+            texts += [("contexts", text) for text in _context_texts(context)]
         for name, text in texts:
             if not isinstance(text, str):
-                rule = 'a list of {"text"} with strings' if name == "contexts" else "a string"
+                rule = 'a list of {"title", "text"} with strings' if name == "contexts" else "a string"
                 got = repr(values[name])[:80]
                 raise ValueError(f"{where}: {name} must be {rule} in a held-out file, got {got}. Correct the file.")
             yield text
+
+
+def _context_texts(context: Any) -> list[Any]:  # noqa: ANN401 - any JSON value
+    """What a context says, without its title and with it; [None] for what is no context."""
+    if not isinstance(context, dict) or not isinstance(context.get("title") or "", str):
+        return [None]
+    text = context.get("text")
+    return [text, document_text(context)] if isinstance(text, str) else [None]
 
 
 @lru_cache(maxsize=1 << 16)  # contexts come back with every question about them
@@ -284,7 +305,7 @@ class QuestionTable:
         with (folder / "questions.jsonl").open("w", encoding="utf-8") as lines:
             for record in records:
                 contexts = [row.setdefault(text, len(row)) for text in record.contexts]
-                gold = [contexts[number] for number in record.gold] or contexts[:1]
+                gold = [contexts[number] for number in record.gold]
                 lines.write(json.dumps(asdict(Asked(record.question, record.answers, contexts, gold))) + "\n")
         TokenTable.write(folder, row, tokenizer)
 
@@ -292,7 +313,7 @@ class QuestionTable:
 def _training_records(source: str, held_out: set[str]) -> Iterator[Record]:
     kept = 0
     dropped: Counter[str] = Counter()
-    for record in read_questions(source):
+    for record in read_records(source):
         reason = _held_out_by(record, held_out)
         if reason is None:
             kept += 1

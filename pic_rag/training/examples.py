@@ -172,7 +172,7 @@ class ExampleFactory:
     ) -> Spans:
         """The rendered chat about so many documents, with one answer to each question."""
         exchanges = [(record.question, record.answers[random.integers(len(record.answers))]) for record in asked]
-        messages = shape(asked[0].question, list(map(placeholder, range(documents))))
+        messages = shape(escape_handles(asked[0].question), list(map(placeholder, range(documents))))
         return self.chat.converse(messages, exchanges)
 
     def _excerpt(self, random: np.random.Generator, extra_tokens: int) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""What keeps a run whole: one writer a folder, no interrupt inside a step, no weights that are not numbers."""
+"""What keeps a run whole: one writer a folder, no interrupt inside a step or a save, no weights that are no numbers."""
 
 from __future__ import annotations
 
+import errno
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -41,8 +42,8 @@ def sole_writer(out: Path, *, main_process: bool) -> Iterator[None]:
 
 
 @contextmanager
-def whole_step() -> Iterator[None]:
-    """Hold Ctrl-C back until the end of a step; a second one ends the process at once."""
+def uninterrupted() -> Iterator[None]:
+    """Hold Ctrl-C back until a step is taken, or a checkpoint written; a second one ends the process at once."""
     handlers = {}
     if threading.current_thread() is threading.main_thread():
         own = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -81,6 +82,20 @@ def ignore_interrupts(_: int) -> None:
     """In a worker of a `DataLoader`: signals reach it too, and it is the main process that says when to end."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def room_for_workers() -> Iterator[None]:
+    """Raise OSError that says what to do where shared memory is too full for the workers of a `DataLoader`."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(
+            "Shared memory (/dev/shm) must have room for the workers that build batches, got none left. "
+            "Set workers: 0 in the configuration, or enlarge it."
+        ) from error
 
 
 def are_finite(tensors: Sequence[torch.Tensor]) -> bool:

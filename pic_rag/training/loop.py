@@ -26,7 +26,14 @@ from pic_rag.training.batch import Batch, StepDataset
 from pic_rag.training.config import TrainConfig
 from pic_rag.training.corpora import Corpora
 from pic_rag.training.examples import ExampleFactory
-from pic_rag.training.guards import are_finite, diverged, ignore_interrupts, sole_writer, whole_step
+from pic_rag.training.guards import (
+    are_finite,
+    diverged,
+    ignore_interrupts,
+    room_for_workers,
+    sole_writer,
+    uninterrupted,
+)
 from pic_rag.training.metrics import MetricsLog
 from pic_rag.training.objective import Objective
 from pic_rag.training.start import load_base, prepare_generator, save_reader, start_from
@@ -139,7 +146,7 @@ class Trainer:
         with tqdm(total=total, initial=self.step, desc="train", disable=hidden or None) as bar:
             try:
                 for batch in self._batches():
-                    with whole_step():
+                    with uninterrupted():
                         self._take_step(batch, log)
                         ends.append(time.monotonic())
                         self.seconds = ends[-1] - begin
@@ -154,10 +161,10 @@ class Trainer:
                         saved = time.monotonic()
                     if minutes is not None and self._of_main_process(ends[-1] - started > 60 * minutes):
                         break
+                self._save()
             except KeyboardInterrupt:
                 self._save()
                 raise
-        self._save()
         return (ends[-1] - ends[0]) / max(1, len(ends) - 1)
 
     def _say_finished(self) -> None:
@@ -172,10 +179,12 @@ class Trainer:
         """The batch of every step to come; what a worker fails at is drawn again here, to show the error as it is."""
         dataset = StepDataset(self.config, self.factory, self.accelerator.process_index)
         steps = range(self.step, self.config.steps)
-        batches = iter(_loader(dataset, steps, self.config.workers, pin=self.accelerator.device.type == "cuda"))
+        with room_for_workers():
+            batches = iter(_loader(dataset, steps, self.config.workers, pin=self.accelerator.device.type == "cuda"))
         for step in steps:
             try:
-                batch = next(batches)
+                with room_for_workers():
+                    batch = next(batches)
             except Exception as error:
                 error.__traceback__ = None  # it would hold the workers, which then take five seconds to end
                 dataset[step]
@@ -250,6 +259,7 @@ class Trainer:
             if part
         ]
 
+    @uninterrupted()
     def _save(self) -> None:
         """Write the compressor and the resumable state; each file appears whole, and what diverged does not."""
         if not self.accelerator.is_main_process:

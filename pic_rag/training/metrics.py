@@ -15,7 +15,10 @@ from pic_rag.training.lines import append_lines, begin_lines
 
 
 class MetricsLog:
-    """Means over `log_steps`, one JSON object a line; numbers leave the device only when a line is written."""
+    """Means over `log_steps`, one JSON object a line; numbers leave the device only when a line is written.
+
+    `places_per_second` counts the places in rows of encoder and generator, filled or not, and not its teacher's.
+    """
 
     def __init__(self, path: Path, step: int, seconds: float, config: TrainConfig) -> None:
         """Begin at a step, after so many seconds of training."""
@@ -33,7 +36,7 @@ class MetricsLog:
         self.accuracies.setdefault(batch.task, []).append(accuracy)
         self.gradients.append(gradient)
         self.rate = rate
-        self.tokens += batch.layout.token_ids.numel() + batch.reads.ids.numel()
+        self.places += batch.layout.token_ids.numel() + batch.reads.ids.numel()
 
     def write(self, step: int, seconds: float) -> dict[str, float]:
         """Write the means since the last line; returns its losses and accuracies.
@@ -43,7 +46,7 @@ class MetricsLog:
         """
         line: dict[str, float] = {"step": step, "seconds": round(seconds, 1), "rate": self.rate}
         line["gradient_norm"] = torch.stack(self.gradients).mean().item()
-        line["tokens_per_second"] = self.tokens / max(seconds - self.seconds, 1e-9)
+        line["places_per_second"] = self.places / max(seconds - self.seconds, 1e-9)
         for task, losses in self.losses.items():
             line[f"{task}_loss"] = torch.stack(losses).mean().item()
             line[f"{task}_accuracy"] = torch.stack(self.accuracies[task]).mean().item()
@@ -59,4 +62,4 @@ class MetricsLog:
         self.accuracies: dict[str, list[torch.Tensor]] = {}
         self.gradients: list[torch.Tensor] = []
         self.rate = 0.0
-        self.tokens = 0
+        self.places = 0

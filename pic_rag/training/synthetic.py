@@ -37,14 +37,14 @@ _SUMMARY_FORMS = ("Summarise the document in one sentence.", "In one sentence: w
 
 
 @dataclass(frozen=True)
-class Passage:
+class SyntheticPassage:
     """A passage of a text, and (question, answer) pairs about it."""
 
     text: str
     questions: list[tuple[str, str]]
 
 
-def passages(text: str, title: str = "") -> Iterator[Passage]:
+def passages(text: str, title: str = "") -> Iterator[SyntheticPassage]:
     """A few passages of a text with their questions; the same text gives the same ones.
 
     >>> [passage] = passages("The mill was built by Anna Holm in 1840. " * 8)
@@ -60,7 +60,7 @@ def passages(text: str, title: str = "") -> Iterator[Passage]:
         draw.shuffle(asked)
         asked = asked[: QUESTIONS_PER_PASSAGE - 1] + list(_whole(sentences, title if number == 0 else "", draw))
         if asked:
-            yield Passage(" ".join(sentences), asked)
+            yield SyntheticPassage(" ".join(sentences), asked)
 
 
 def _cut(sentences: Iterable[str]) -> Iterator[list[str]]:

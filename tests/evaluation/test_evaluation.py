@@ -22,7 +22,7 @@ from pic_rag.config import PicConfig
 from pic_rag.evaluation.lingua import LinguaError
 from pic_rag.evaluation.metrics import agreement, f1
 from pic_rag.evaluation.retrieval import retrieve
-from pic_rag.evaluation.runner import Report, evaluate
+from pic_rag.evaluation.runner import EvalReport, evaluate
 from pic_rag.evaluation.shortening import Shortener
 from pic_rag.evaluation.systems import AT_REST_SYSTEMS, LINGUA_SYSTEMS, RATIO_SYSTEMS, SYSTEMS, Systems
 from pic_rag.evaluation.tasks import problem_messages, with_examples
@@ -31,7 +31,7 @@ from pic_rag.models.backbone import ModelRef, generator_id, load_backbone
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import Question, Row, document_text, pick, read_questions
-from pic_rag.training.corpora import read_questions as read_training_questions
+from pic_rag.training.corpora import read_records
 
 BEES = {"title": "Bees", "text": "Bees dance to point at flowers. They sleep at night.", "is_gold": True}
 TRAMS = {"title": "", "text": "The night tram costs three euros [[pic:00]]. It stops at the port.", "is_gold": False}
@@ -119,7 +119,7 @@ def systems(compressor: Compressor, embedder: SentenceTransformer) -> Systems:
     return Systems(compressor, embedder=embedder, dtype="float32")
 
 
-def run(compressor: Compressor, systems: Sequence[str], ratios: Sequence[int] = (4,), **options) -> Report:
+def run(compressor: Compressor, systems: Sequence[str], ratios: Sequence[int] = (4,), **options) -> EvalReport:
     options = {"max_new_tokens": MAX_NEW_TOKENS, "dtype": "float32", "progress": False} | options
     return evaluate(options.pop("questions", ask()), systems, ratios, compressor=compressor, **options)
 
@@ -172,6 +172,8 @@ def test_gold_only_keeps_the_gold_contexts_and_refuses_a_question_without_one(tm
         ),
         ({**LINES[0], "question": "\ud800?"}, "line 2: question and contexts must be valid Unicode"),
         ({**LINES[0], "contexts": [{"text": "\ud800"}]}, "line 2: question and contexts must be valid Unicode"),
+        ({**LINES[0], "answers": ["bees", "\ud800"]}, "line 2: answers must be valid Unicode"),
+        ({**LINES[0], "id": "\ud800"}, "line 2: id must be valid Unicode"),
         ("[1]", "must hold one JSON object a line, got line 2: a list"),
         ('{"id": ', "must hold one JSON object a line, got line 2:"),
         ("[" * 100_000, "must hold one JSON object a line, got line 2: maximum recursion depth"),
@@ -203,7 +205,7 @@ def test_a_damaged_gzip_file_and_a_foreign_json_file_are_named(tmp_path: Path) -
 
 def test_training_and_evaluation_read_the_same_documents(tmp_path: Path) -> None:
     path = write_lines(tmp_path / "q.jsonl", [*LINES, {"question": "No documents?", "answers": ["yes"]}])
-    records = list(read_training_questions(str(path)))
+    records = list(read_records(str(path)))
     assert [record.contexts for record in records] == [[c.document for c in asked.contexts] for asked in ask()]
     assert records[1].gold == [1]
     assert records[0].contexts[0] == document_text(BEES) == "Bees\n" + BEES["text"]
@@ -524,6 +526,10 @@ def test_open_retrieval_searches_all_passages_and_says_how_often_the_gold_ones_w
     one, two = (retrieve(both, ask(), top_k, embedder=embedder) for top_k in (1, 5))
     assert (one.recall, one.recall_all, two.recall_all) == (1.0, 0.0, 1.0)
     assert len(two.questions[0].contexts) == 2
+    unflagged = ask([{**LINES[0], "contexts": [TRAMS, {"text": "Wax."}]}])
+    for asked, share in [(unflagged, None), ([*unflagged, ask()[0]], 1.0)]:
+        found = retrieve(asked, ask(), 1, embedder=embedder)
+        assert (found.recall, found.recall_all) == (share, share)
     with pytest.raises(ValueError, match="pool must hold questions with contexts to search, got none"):
         retrieve(both, ask([{**LINES[0], "contexts": []}]), 1, embedder=embedder)
 
@@ -553,6 +559,8 @@ def test_solved_problems_become_documents_that_are_compressed_and_the_final_numb
         list(with_examples(asked, source, 3))
     with pytest.raises(ValueError, match="rationale must be a string, got None in .*line 1"):
         list(with_examples(asked, write_lines(tmp_path / "bare.jsonl", [{"question": "?"}]), 1))
+    with pytest.raises(ValueError, match="question must be a string, got None in .*line 1"):
+        list(with_examples(asked, write_lines(tmp_path / "bare.jsonl", [{"rationale": "#### 1"}]), 1))
     with pytest.raises(ValueError, match="task must be one of questions, gsm8k, got 'poetry'"):
         run(compressor, ["pic"], task="poetry")
 

@@ -81,6 +81,18 @@ def test_a_table_without_an_end_is_named_and_nothing_is_lost(tmp_path, capsys) -
         assert (tmp_path / "a.md").read_text() == page
 
 
+@pytest.mark.parametrize(
+    ("options", "wrong"),
+    [("--columsn f1", "unrecognized arguments: --columsn f1"), ("--rows 'text", "No closing quotation")],
+)
+def test_wrong_options_above_a_table_are_named_with_their_file(tmp_path, capsys, options, wrong) -> None:
+    (tmp_path / "a.md").write_text(f"<!-- pic-rag report report.json {options} -->\n<!-- end of report -->\n")
+    assert main(["report", "--update", str(tmp_path / "a.md")]) == 1
+    error = capsys.readouterr().err
+    assert "a.md: A table's marker must hold FILE, --columns and --rows, got " in error
+    assert wrong in error
+
+
 def test_the_ends_of_lines_stay_what_they_were(tmp_path) -> None:
     (tmp_path / "report.json").write_text(json.dumps(REPORT))
     page = b"A\r\n<!-- pic-rag report report.json --columns f1 --rows text -->\r\n<!-- end of report -->\r\n"

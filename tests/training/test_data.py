@@ -21,7 +21,7 @@ from pic_rag.training.corpora import (
     _training_records,
     content_hash,
     held_out_hashes,
-    read_questions,
+    read_records,
     read_texts,
 )
 from pic_rag.training.examples import ExampleFactory
@@ -197,6 +197,28 @@ def test_blank_answers_and_contexts_are_left_out_of_training(tmp_path, tiny_toke
         make_factory(tmp_path, tiny_tokenizer, rows[1:])
 
 
+@pytest.mark.parametrize(
+    ("answers", "gold"), [(["lars holm", "nobody"], [1, 3]), (["nobody"], [0, 1, 2, 3])], ids=["held", "held by none"]
+)
+def test_where_no_context_is_flagged_those_that_hold_an_answer_are_gold(tmp_path, answers, gold):
+    texts = ["The mill is old.", "Its builder was Lars Holm.", "It grinds rye.", "Lars Holm died in 1900."]
+    contexts = [{"title": "Mill", "text": text} for text in texts]
+    write_rows(tmp_path / "q.jsonl", [{"question": "Who built the mill?", "answers": answers, "contexts": contexts}])
+    [record] = read_records(str(tmp_path / "q.jsonl"))
+    assert (len(record.contexts), record.gold) == (4, gold)
+
+
+def test_a_handle_in_a_question_is_not_resolved_in_any_turn(tmp_path, tiny_tokenizer):
+    handle = f"[[pic:{'a' * 32}]]"
+    contexts = [{"text": "The mill was built in 1900."}]
+    rows = [{"question": f"{asked} {handle}?", "answers": ["1900"], "contexts": contexts} for asked in ("When", "How")]
+    factory = make_factory(tmp_path, tiny_tokenizer, rows, distillation=1.0)
+    random = np.random.default_rng(0)
+    for _ in range(20):  # prompts of every form
+        read = tiny_tokenizer.decode(factory.draw("questions", {4: 1.0}, random).teacher.ids)
+        assert read.count("[[pic::aaa") == 2
+
+
 def test_documents_without_a_token_are_an_error_and_no_endless_search(data, tmp_path, tiny_tokenizer):
     QuestionTable.write(tmp_path, [Record("When?", ["1900"], [""], [0])], tiny_tokenizer)
     config = make_config(data, tmp_path / "out", tasks={"questions": 1})
@@ -317,6 +339,18 @@ def test_a_held_out_question_or_context_is_dropped_from_training(data, tmp_path,
     assert [record.answers[0] for record in kept] == ["0", "1", "3", "4", "5"]
 
 
+@pytest.mark.parametrize("form", ["{}", "synthetic:{}"])
+def test_a_held_out_context_is_dropped_from_texts_that_have_its_title_line(tmp_path, tiny_tokenizer, form):
+    held = {"question": "Who?", "contexts": [{"title": "Mill", "text": PARAGRAPH}]}
+    write_rows(tmp_path / "held.jsonl", [held])
+    kept = PARAGRAPH.replace("mill", "farm")
+    write_rows(tmp_path / "texts.jsonl", [{"text": f"Mill\n{PARAGRAPH}"}, {"text": PARAGRAPH}, {"text": kept}])
+    corpora = Corpora(tmp_path / "cache", tiny_tokenizer, [str(tmp_path / "held.jsonl")])
+    source = form.format(tmp_path / "texts.jsonl")
+    table = corpora.questions(source).contexts if source.startswith("synthetic:") else corpora.texts([source])
+    assert [tiny_tokenizer.decode(table[row]) for row in range(len(table))] == [kept]
+
+
 def test_when_all_is_held_out_the_error_says_by_what(data, tmp_path):
     write_rows(
         tmp_path / "held.jsonl",
@@ -342,6 +376,15 @@ def test_texts_that_are_all_too_short_are_an_error_and_no_endless_search(data, t
         train(make_config(data, tmp_path, text_tokens=[500, 600]), progress=False)
 
 
+def test_a_text_file_is_read_without_its_byte_order_mark_and_named_when_it_is_not_utf_8(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("café", encoding="utf-8-sig")
+    assert list(read_texts(str(path))) == ["café"]
+    path.write_text("café", encoding="latin-1")
+    with pytest.raises(ValueError, match=r"text\.txt must be UTF-8, got: .* Convert the file"):
+        list(read_texts(str(path)))
+
+
 def test_a_line_without_text_is_named(tmp_path):
     write_rows(tmp_path / "texts.jsonl", [{"text": "fine"}, {"body": "not fine"}])
     with pytest.raises(ValueError, match="text must be a string, got None in .*texts.jsonl, line 2"):
@@ -353,6 +396,7 @@ def test_a_line_without_text_is_named(tmp_path):
     [
         ({"question": None}, r"question must be a string in a held-out file, got None"),
         ({"contexts": [{"txt": "Bell"}]}, r"contexts must be a list of .* in a held-out file, got \[{'txt': 'Bell'}\]"),
+        ({"contexts": [{"title": 5, "text": "Bell"}]}, r"contexts must be a list of .* got \[{'title': 5, .*}\]"),
         ({"contexts": "Bell"}, r"contexts must be a list of .* in a held-out file, got 'Bell'"),
     ],
 )
@@ -368,6 +412,6 @@ def test_a_held_out_row_of_another_form_is_named(tmp_path, row, error):
 def test_a_lone_surrogate_is_named(tmp_path, source, name):
     fine = {"text": PARAGRAPH, "question": "When?", "contexts": [{"text": PARAGRAPH}]}
     write_rows(tmp_path / "rows.jsonl", [{**fine, name: ["\ud800"] if name == "answers" else "\ud800"}])
-    read = read_texts if name == "text" else read_questions
+    read = read_texts if name == "text" else read_records
     with pytest.raises(ValueError, match=rf"rows\.jsonl, line 1: {name} must be valid Unicode"):
         list(read(source.format(tmp_path / "rows.jsonl")))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import shutil
 import signal
@@ -15,6 +16,7 @@ import yaml
 from accelerate import Accelerator
 from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
 from training_runs import TEXT, file_hashes, make_config, metrics_of, weights_of
 from transformers import AutoTokenizer, LlamaForCausalLM
 
@@ -27,6 +29,7 @@ from pic_rag.training import guards
 from pic_rag.training.batch import build_batches
 from pic_rag.training.examples import ExampleFactory
 from pic_rag.training.loop import Trainer, train
+from pic_rag.training.start import load_base
 
 
 @pytest.mark.parametrize("reader_rank", [0, 4], ids=["frozen", "reader"])
@@ -212,6 +215,34 @@ def test_an_interrupted_run_keeps_its_steps_and_ends_as_one_that_was_not(data, t
     assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
     for one, other in zip(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"), strict=True):
         assert torch.equal(one, other)
+
+
+def test_an_interrupt_waits_until_the_last_checkpoint_is_written(data, tmp_path, monkeypatch):
+    export = Trainer.export
+    signals = [signal.SIGINT]
+
+    def interrupt(trainer, folder):
+        if signals:
+            signal.raise_signal(signals.pop())
+        export(trainer, folder)
+
+    monkeypatch.setattr(Trainer, "export", interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore Ctrl-C
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            train(make_config(data, tmp_path, steps=2), progress=False)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert torch.load(tmp_path / "training_state.pt", weights_only=True)["step"] == 2
+
+
+def test_shared_memory_that_is_full_is_named_with_what_to_do(data, tmp_path, monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(DataLoader, "__iter__", fail)
+    with pytest.raises(OSError, match=r"^Shared memory \(/dev/shm\) must have room for the workers .* Set workers: 0"):
+        train(make_config(data, tmp_path, workers=1), progress=False)
 
 
 def test_what_a_worker_fails_at_is_shown_as_it_is(data, tmp_path, monkeypatch):
@@ -409,3 +440,16 @@ def test_compiled_layers_learn_what_plain_ones_do(data, tmp_path):
     train(make_config(data, tmp_path / "compiled", **fields, compile=True), progress=False)
     for one, other in zip(weights_of(tmp_path / "plain"), weights_of(tmp_path / "compiled"), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("field", ["texts", "questions", "held_out"])
+def test_a_file_that_is_not_there_is_named_with_the_field_that_names_it(data, tmp_path, field):
+    gone = {"questions": {"gone.jsonl": 1.0}}.get(field, ["gone.jsonl"])
+    with pytest.raises(FileNotFoundError, match=f"{field} must name files that are there, got 'gone.jsonl'"):
+        train(make_config(data, tmp_path, **{field: gone}), progress=False)
+
+
+def test_flex_attention_is_refused_where_it_has_no_gradients(data, tmp_path):
+    config = make_config(data, tmp_path, attn_implementation="flex_attention")
+    with pytest.raises(ValueError, match="attn_implementation must be sdpa or eager on a CPU, got 'flex_attention'"):
+        load_base(config, torch.device("cpu"))
