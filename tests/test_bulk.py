@@ -150,6 +150,20 @@ def test_a_text_the_compressor_refuses_costs_itself_only(checkpoint: Path, tmp_p
     assert len(shard_keys(store.folder)) == 8
 
 
+def test_a_memory_too_large_for_sqlite_costs_itself_only(checkpoint: Path, tmp_path: Path, monkeypatch) -> None:
+    """It is named, with what to do, and the run goes on; its neighbours in the group are written."""
+    monkeypatch.setattr("pic_rag.store.sqlite._limit_bytes", lambda connection: 10_000)
+    store = SQLiteStore(tmp_path / "out.sqlite")
+    good = list(Corpus([write_documents(tmp_path / "docs", 4)]).items())
+    long = type(good[0])("long.txt", "Many more words than fit. " * 100)
+    done = Worker(make_job(store, checkpoint))([*good[:3], long, good[3]])
+    assert [item.status for item in done] == ["compressed"] * 3 + ["refused", "compressed"]
+    assert re.match(
+        r"Skipped: 'long\.txt': Value of default/\S+ must be at most .* Split its document", done[3].message
+    )
+    assert len(list(store.yield_keys())) == 4
+
+
 @pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_where_it_stopped(checkpoint: Path, compressor: Compressor, tmp_path) -> None:
     """Every document is compressed exactly once over both runs, and its memory is the one it would have alone."""

@@ -228,7 +228,10 @@ def test_who_names_the_handles_has_no_others_read_and_no_error(signer: HandleSig
     text, handles = signer.unsign(f"{first} {second} {HANDLE}", only=[second])
     assert text == f"{escape_handles(first)} {OTHER} {escape_handles(HANDLE)}"
     assert handles == [OTHER]
+    foreign = HandleSigner(InMemoryByteStore()).sign(HANDLE)
     with pytest.raises(UnknownHandleError):
+        signer.unsign(foreign, only=[foreign])
+    with pytest.raises(ValueError, match="handles must be a list of signed handles, got"):
         signer.unsign(HANDLE, only=[HANDLE])
 
 

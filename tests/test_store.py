@@ -6,6 +6,7 @@ import logging
 import os
 import pickle
 import random
+import re
 import sqlite3
 import subprocess
 import sys
@@ -16,8 +17,10 @@ import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
+import safetensors
 import torch
 from langchain_core.stores import InMemoryByteStore
 
@@ -272,12 +275,13 @@ def test_a_writer_killed_in_the_middle_leaves_whole_memories(kind: str, tmp_path
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork on Windows")
-def test_sqlite_survives_forks_in_the_middle_of_another_threads_writes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", OWN_STORES)
+def test_a_store_survives_forks_in_the_middle_of_another_threads_writes(kind: str, tmp_path: Path) -> None:
     """A child neither hangs on its parent's lock nor writes through its parent's connection."""
     script = """
         import signal
         signal.alarm(25)
-        store = SQLiteStore(Path(sys.argv[1]) / "memories.db")
+        store = open_store(*sys.argv[1:])
         done = threading.Event()
         def write():
             number = 0
@@ -299,10 +303,11 @@ def test_sqlite_survives_forks_in_the_middle_of_another_threads_writes(tmp_path:
         thread.join()
         print(codes, len(list(store.yield_keys(prefix="child/"))))
     """
-    assert finish(start(script, tmp_path)) == f"{[0] * 8} 160\n"
-    connection = sqlite3.connect(tmp_path / "memories.db")
-    assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    connection.close()
+    assert finish(start(script, kind, tmp_path)) == f"{[0] * 8} 160\n"
+    if kind == "sqlite":
+        connection = sqlite3.connect(tmp_path / "memories.db")
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        connection.close()
 
 
 # Disks that refuse
@@ -367,6 +372,26 @@ def test_a_full_disk_is_named_as_such(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match=r"disk is full\. Free disk space, or put the store on another disk\."):
             store.mset([("large", b"x" * 100_000)])
         assert store.mget(["small", "large"]) == [FOO, None]
+
+
+def test_an_io_error_may_be_a_full_disk() -> None:
+    """SQLite says no more when there is no room for what it shares between processes."""
+    error = StoreError.at(Path("memories.db"), sqlite3.OperationalError("disk I/O error"))
+    assert str(error).endswith("got: disk I/O error. Free disk space, check the disk, or choose another path.")
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 cannot change SQLite's limit")
+def test_a_value_that_sqlite_does_not_take_is_an_error_by_key_and_nothing_is_written(tmp_path: Path) -> None:
+    """Up to the last byte that it takes."""
+    with SQLiteStore(tmp_path / "memories.db") as store:
+        with store._connected() as connection:
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 5000)
+        store.mset([("key", bytes(5000 - 16 - 3))])
+        with store._connected() as connection:
+            assert connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH) == 5000
+        with pytest.raises(ValueError, match=r"Value of longer must be at most 4,978 bytes .* got 4,979\. Split its"):
+            store.mset([("before", FOO), ("longer", bytes(5000 - 16 - 6 + 1))])
+        assert list(store.yield_keys()) == ["key"]
 
 
 def test_a_writer_that_waits_too_long_says_so(tmp_path: Path) -> None:
@@ -457,22 +482,126 @@ def test_one_write_is_one_shard_and_an_emptied_shard_goes(tmp_path: Path) -> Non
     assert [path.name.split("-")[1] for path in tmp_path.iterdir()] == ["00000002"]
 
 
-def test_an_unchanged_folder_is_not_scanned_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def fine_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder's time can be relied on after a hundredth of a second."""
+    monkeypatch.setattr("pic_rag.store.shards._CLOCK_NS", 10_000_000)
+
+
+@pytest.mark.usefixtures("fine_clock")
+def test_an_unchanged_folder_is_not_listed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading a large corpus costs one stat a call, once the last write is older than the clock's tick."""
     store = ShardStore(tmp_path)
     store.mset([("foo", FOO)])
-    scan, scans = store._stamps, []
-
-    def counted() -> dict[str, tuple[int, int, int]]:
-        scans.append(time.monotonic())
-        return scan()
-
-    monkeypatch.setattr(store, "_stamps", counted)
-    monkeypatch.setattr("pic_rag.store.shards._CLOCK_NS", 0)
     time.sleep(0.02)
+    real, listed = os.listdir, []
+    monkeypatch.setattr(os, "listdir", lambda path: listed.append(path) or real(path))
     for _ in range(5):
         assert store.mget(["foo"]) == [FOO]
-    assert len(scans) == 1
+    assert listed == [tmp_path]
+
+
+def test_a_write_looks_at_no_shard_that_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or every write would cost more than the one before."""
+    store = ShardStore(tmp_path)
+    for number in range(5):
+        store.mset([(f"{number}", FOO)])
+    real, looked = Path.stat, []
+    monkeypatch.setattr(Path, "stat", lambda path, **options: looked.append(path.name) or real(path, **options))
+    monkeypatch.setattr(safetensors, "safe_open", None)
+    store.mset([("foo", FOO)])
+    assert set(looked) == {tmp_path.name}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is mapped")
+def test_few_shards_are_mapped_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Systems limit mappings, and a folder may hold any number of shards."""
+    monkeypatch.setattr("pic_rag.store.shards._MAPPED_SHARDS", 4)
+    store = ShardStore(tmp_path)
+    keys = [f"{number}" for number in range(12)]
+    for key in keys:
+        store.mset([(key, key.encode()), ("last", key.encode())])
+    assert store.mget([*reversed(keys), "last"]) == [*[key.encode() for key in reversed(keys)], b"11"]
+    assert Path("/proc/self/maps").read_text().count(str(tmp_path)) == 4
+
+
+def test_a_shard_that_there_is_no_memory_for_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error is the store's own, and does not say to delete it."""
+    ShardStore(tmp_path).mset([("foo", FOO)])
+    store = ShardStore(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors, "safe_open", Mock(side_effect=MemoryError("Cannot allocate memory (os error 12)")))
+        with pytest.raises(StoreError, match=r"shard-00000001-\S+ must be readable .* got: Cannot .* Free memory"):
+            store.mget(["foo"])
+    assert store.mget(["foo"]) == [FOO]
+
+
+@pytest.mark.usefixtures("fine_clock")
+def test_a_shard_that_was_restored_in_place_is_read_again(tmp_path: Path) -> None:
+    """Which does not change the folder."""
+    ShardStore(tmp_path).mset([("foo", FOO)])
+    [path] = tmp_path.iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    time.sleep(0.02)
+    store = ShardStore(tmp_path)
+    with pytest.raises(StoreError, match="must be a whole safetensors file"):
+        store.mget(["foo"])
+    path.write_bytes(whole)
+    assert store.mget(["foo"]) == [FOO]
+
+
+@pytest.mark.usefixtures("fine_clock")
+def test_an_interrupted_scan_is_begun_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C while a large folder is scanned leaves no key out."""
+    for number in range(3):
+        ShardStore(tmp_path).mset([(f"{number}", FOO)])
+    time.sleep(0.02)
+    store = ShardStore(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_index", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            store.mget(["0"])
+    assert store.mget(["0", "1", "2"]) == [FOO] * 3
+
+
+def test_a_shard_that_is_rewritten_while_the_folder_is_scanned_loses_no_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The listing has its old name only, which is gone when it is to be opened."""
+    deleter = ShardStore(tmp_path)
+    deleter.mset([("foo", FOO), ("bar", BAR)])
+    [old] = os.listdir(tmp_path)
+    deleter.mdelete(["foo"])
+    listings, real = iter([[old]]), os.listdir
+    monkeypatch.setattr(os, "listdir", lambda path: next(listings, None) or real(path))
+    assert ShardStore(tmp_path).mget(["foo", "bar"]) == [None, BAR]
+
+
+def test_a_shard_that_is_rewritten_before_it_is_mapped_again_loses_no_key(tmp_path: Path) -> None:
+    """The reader has made sure that it is up to date, and looks once more."""
+    reader, deleter = ShardStore(tmp_path), ShardStore(tmp_path)
+    deleter.mset([("foo", FOO), ("bar", BAR)])
+    deleter.mset([("foo", BUZZ)])
+    assert reader.mget(["foo", "bar"]) == [BUZZ, BAR]
+    reader._reader.cache_clear()
+    with reader._up_to_date():
+        deleter.mdelete(["foo"])
+        assert [reader._value("bar"), reader._value("foo")] == [BAR, None]
+
+
+def test_a_deletion_leaves_the_order_of_shards_as_it_was(tmp_path: Path) -> None:
+    """Of two that were written at the same moment under the same number, too."""
+    for suffix, value in (("fffffffe", FOO), ("ffffffff", BUZZ)):
+        ShardStore(tmp_path / suffix).mset([("foo", value), (suffix, BAR)])
+        [path] = (tmp_path / suffix).iterdir()
+        path.rename(tmp_path / f"shard-00000001-{suffix}.safetensors")
+    store = ShardStore(tmp_path)
+    for suffix in ("ffffffff", "fffffffe"):
+        assert store.mget(["foo", suffix]) == [BUZZ, BAR]
+        store.mdelete([suffix])
+        assert store.mget(["foo", suffix]) == [BUZZ, None]
+    assert len(list(tmp_path.glob("shard-*"))) == 2
 
 
 def test_a_write_within_the_clocks_tick_is_seen(tmp_path: Path) -> None:
@@ -511,6 +640,8 @@ class ByteMeanCompressor:
 
     def handle(self, text: str, ratio: int | None = None) -> str:
         """Handle that the memory of the text will have."""
+        if ratio is not None and ratio > 64:
+            raise ValueError(f"ratio must be 64 or less, got {ratio}.")
         return make_handle(
             source_hash=hash_text(text), fingerprint=self.fingerprint, ratio=ratio or 4, dtype=self.dtype
         )
@@ -782,7 +913,33 @@ def test_a_request_that_cannot_be_right_is_refused_before_compressing() -> None:
         cache.get_or_compress(["one"], compressor, sources=["a", "b"])
     with pytest.raises(ValueError, match="compressor must have the fingerprint 'ffff"):
         cache.get_or_compress(["one"], ByteMeanCompressor("e" * 64))
+    with pytest.raises(TypeError, match=r"text 1 must be a string, got NoneType\."):
+        cache.get_or_compress(["one", None], compressor)  # type: ignore[list-item]
+    texts, sources = ["one"] * GROUP_DOCUMENTS + ["\ud800"], [f"{n}.md" for n in range(GROUP_DOCUMENTS + 1)]
+    with pytest.raises(ValueError, match=r"text 64 \(64\.md\) must be valid Unicode, got a lone surrogate"):
+        cache.get_or_compress(texts, compressor, sources=sources)
+    with pytest.raises(ValueError, match=r"batch_size must be a whole number of 1 or more, got True"):
+        cache.get_or_compress(["one"], compressor, batch_size=True)
+    with pytest.raises(ValueError, match=r"ratio must be 64 or less, got 128"):
+        cache.get_or_compress(["one"], compressor, [4, 128])
+    with pytest.raises(ValueError, match=r"ratio must be above 1 without min_fidelity, got 1"):
+        cache.get_or_compress(["one", "two"], compressor, [4, 1])
     assert compressor.calls == []
+
+
+def test_a_memory_that_the_store_refuses_costs_the_others_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is used and named; its group is kept without it."""
+    monkeypatch.setattr("pic_rag.store.sqlite._limit_bytes", lambda connection: 2000)
+    compressor = ByteMeanCompressor()
+    with SQLiteStore(tmp_path / "memories.db") as store, caplog.at_level(logging.WARNING):
+        cache = MemoryCache(store, compressor.fingerprint)
+        texts, sources = ["one", "too long " * 50, "three"], ["1.md", "2.md", "3.md"]
+        memories, _ = cache.get_or_compress(texts, compressor, sources=sources)
+        assert [memory.handle in cache for memory in memories] == [True, False, True]
+    [record] = caplog.records
+    assert re.match(r"The memory of 2\.md is used but not kept: Value of default/.* at most", record.getMessage())
 
 
 class ForgetfulCompressor(ByteMeanCompressor):
@@ -856,6 +1013,26 @@ def test_a_sqlite_file_that_may_not_be_written_is_read(open_folder, shut) -> Non
             assert store.mget(["a", "key 199"]) == [b"1", bytes(4096)]
     finally:
         os.seteuid(own)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="file modes as POSIX has them")
+def test_a_sqlite_file_behind_a_link_is_read_with_its_log(open_folder) -> None:
+    """The log that somebody is writing is beside the file, not beside the link."""
+    (open_folder / "links").mkdir()
+    path, link = open_folder / "memories.sqlite", open_folder / "links" / "memories.sqlite"
+    link.symlink_to(path)
+    own = os.geteuid()
+    with SQLiteStore(path) as writer:
+        writer.mset([("a", b"1")])
+        writer.close()  # into the file
+        writer.mset([("b", b"2")])  # into the log
+        path.chmod(0o444)
+        try:
+            os.seteuid(own or 65534)  # root may write anything
+            with SQLiteStore(link) as store:
+                assert store.mget(["a", "b"]) == [b"1", b"2"]
+        finally:
+            os.seteuid(own)
 
 
 @pytest.mark.parametrize("kind", OWN_STORES)

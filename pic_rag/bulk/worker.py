@@ -51,7 +51,7 @@ class Worker:
         """What became of the items; those that are not pending pass through.
 
         All new memories of a group are written in one go: a killed worker leaves all of them or none. A text that the
-        compressor refuses costs itself only.
+        compressor refuses, or whose memory the store does, costs itself only.
 
         Raises:
             StoreError: the store cannot be read or written.

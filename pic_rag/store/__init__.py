@@ -1,10 +1,10 @@
 """The store: where memories are kept, the only room that writes them to disk.
 
 `protocol` says what a store is (keys to bytes), `sqlite` and `shards` are two, `default` is the one used when nobody
-says, `cache` finds memories in any of them by their handles, and `signing` tells the handles that were handed out
-from those that somebody typed. This room does not know how a memory is made: it
-asks a compressor for those it lacks. Names load on first use, so a process that only keeps bytes in SQLite never
-imports torch.
+says, `forks` keeps their locks whole where a process forks, `cache` finds memories in any of them by their handles, and
+`signing` tells the handles that were handed out from those that somebody typed. This room does not know how a memory is
+made: it asks a compressor for those it lacks. Names load on first use, so a process that only keeps bytes in SQLite
+never imports torch.
 """
 
 from __future__ import annotations

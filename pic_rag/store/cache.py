@@ -15,8 +15,10 @@ from typing import Any, Protocol
 from tqdm.auto import tqdm
 
 from pic_rag.compression.ratios import Ratio, descend, ratio_of_each
+from pic_rag.config import RAW_TEXT, check_positive
 from pic_rag.handles import HANDLE_PATTERN
 from pic_rag.memory import AtRest, Memory, MemoryFormatError, check_at_rest
+from pic_rag.prompts import check_unicode
 from pic_rag.store.protocol import MemoryStore, check_store
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ class SupportsCompress(Protocol):
         """Compute dtype, such as ``"bfloat16"``."""
 
     def handle(self, text: str, ratio: int | None = None) -> str:
-        """Handle that the memory of the text will have."""
+        """Handle that the memory of the text will have; a ValueError for a ratio that is not served."""
 
     def ladder(self, ratio: int | None = None) -> Sequence[int]:
         """Ratios to try for a wanted fidelity, from the highest down; asked for with `min_fidelity` only."""
@@ -115,7 +117,8 @@ class MemoryCache:
             Bytes of each in the store.
 
         Raises:
-            ValueError: A memory was made by another compressor, or is not finite.
+            ValueError: A memory was made by another compressor, is not finite, or is larger than the store takes; none
+                is written then.
         """
         pairs = self._encode(memories)
         self.store.mset(pairs)
@@ -136,7 +139,8 @@ class MemoryCache:
         """Memories of texts, compressing only those that the store does not hold.
 
         New memories are written after every group of `GROUP_DOCUMENTS`, so a killed process loses one group at most. A
-        store that cannot be read or written is one warning, and a corrupt value is compressed again.
+        store that cannot be read or written is one warning, a corrupt value is compressed again, and a memory that the
+        store refuses, such as one too large, is named and costs the others nothing.
 
         Args:
             texts: Source texts; one that occurs twice is compressed once.
@@ -144,7 +148,7 @@ class MemoryCache:
             ratio: Text tokens per memory token; the compressor's own default if None. A sequence has one for each
                 text, the last of which serves all texts after it.
             sources: A label per text, for messages and for `Memory.source`.
-            batch_size: Passed on to the compressor.
+            batch_size: Encoder rows computed at once, passed on to the compressor.
             progress: Whether to show a bar; None shows one on a terminal once it takes over a second.
             min_fidelity: As for `Compressor.compress`. Memories that were tried and found wanting are kept as well, so
                 no ratio of a text is tried twice, whatever floor is asked for.
@@ -155,14 +159,17 @@ class MemoryCache:
             the compressor made it, one out of the store as precise as it was kept.
 
         Raises:
-            ValueError: The compressor has another fingerprint, `sources` has another length than `texts`, or
-                `min_fidelity` is out of range.
+            TypeError: A text is not a string.
+            ValueError: The compressor has another fingerprint or does not serve a ratio, `sources` has another length
+                than `texts`, a text is not valid Unicode, or a number is out of range. Nothing is computed then.
         """
         self._check_request(texts, compressor, sources)
+        batch_size = None if batch_size is None else check_positive("batch_size", batch_size)
         labels: Sequence[str | None] = sources if sources is not None else [None] * len(texts)
         if min_fidelity is None:
             way = _Way(compressor, batch_size, progress)
-            return self._at_ratios(texts, labels, ratio_of_each(ratio, len(texts), lambda own: own), way)
+            ratios = ratio_of_each(ratio, len(texts), lambda own: _check_served(own, compressor))
+            return self._at_ratios(texts, labels, ratios, way)
         way = _Way(compressor, batch_size, progress, {"min_fidelity": 0.0, "generator": generator})
         cached: dict[str, bool] = {}
 
@@ -233,6 +240,11 @@ class MemoryCache:
                 f"compressor must have the fingerprint {self.fingerprint!r}, got {compressor.fingerprint!r}. "
                 "Make a MemoryCache for this compressor; both can share one store."
             )
+        for number, text in enumerate(texts):
+            name = f"text {number}" if sources is None else f"text {number} ({sources[number]})"
+            if not isinstance(text, str):
+                raise TypeError(f"{name} must be a string, got {type(text).__name__}.")
+            check_unicode(name, text)
 
     def _find(self, labels: dict[str, str | None]) -> dict[str, Memory]:
         """Memories that the store holds and that are whole, by handle."""
@@ -259,14 +271,14 @@ class MemoryCache:
         found = self._find(dict(zip(handles, labels, strict=True)))
         if way.checking:
             found = {handle: memory for handle, memory in found.items() if memory.fidelity is not None}
-        wanted = zip(handles, texts, ratios, strict=True)
-        missing = {handle: (text, ratio) for handle, text, ratio in wanted if handle not in found}
+        wanted = zip(handles, texts, ratios, labels, strict=True)
+        missing = {handle: (text, ratio, label) for handle, text, ratio, label in wanted if handle not in found}
         known = found | self._compress(missing, way)
         memories = [replace(known[handle], source=label) for handle, label in zip(handles, labels, strict=True)]
         return memories, [handle in found for handle in handles]
 
-    def _compress(self, missing: Mapping[str, tuple[str, int | None]], way: _Way) -> dict[str, Memory]:
-        """Compress texts, given by handle with their ratios, and write each group."""
+    def _compress(self, missing: Mapping[str, tuple[str, int | None, str | None]], way: _Way) -> dict[str, Memory]:
+        """Compress texts, given by handle with their ratios and labels, and write each group."""
         batch_size, progress = way.batch_size, way.progress
         group_documents = max(GROUP_DOCUMENTS, batch_size or 0)
         handles = list(missing)
@@ -279,25 +291,50 @@ class MemoryCache:
             for start in range(0, len(handles), group_documents):
                 group = handles[start : start + group_documents]
                 bar_inside = progress if one_group else False
-                texts, ratios = zip(*(missing[handle] for handle in group), strict=True)
+                texts, ratios, labels = zip(*(missing[handle] for handle in group), strict=True)
                 ratio = ratios[0] if len(set(ratios)) == 1 else ratios
                 memories = way.compressor.compress(texts, ratio, batch_size, bar_inside, **way.checking)
                 _check_made(group, memories)
+                memories = [replace(memory, source=label) for memory, label in zip(memories, labels, strict=True)]
                 made.update(zip(group, memories, strict=True))
                 writable = self._write(memories, warn=writable) and writable
                 bar.update(len(group))
         return made
 
     def _write(self, memories: Sequence[Memory], *, warn: bool) -> bool:
-        """Whether the store took the memories. It may take a later group even if it refused an earlier one."""
+        """Whether the store could be written. It may take a later group even if it refused an earlier one."""
         pairs = self._encode(memories)
         try:
-            self.store.mset(pairs)
+            refused = self._set(pairs)
         except Exception as error:  # a store of another library raises what it likes, and the memories are at hand
             level = logging.WARNING if warn else logging.DEBUG
             logger.log(level, "The store could not be written; memories are used but not kept: %s", error)
             return False
+        for memory, (key, _) in zip(memories, pairs, strict=True):
+            if key in refused:
+                name = memory.source or memory.handle
+                logger.warning("The memory of %s is used but not kept: %s", name, refused[key])
         return True
+
+    def _set(self, pairs: Sequence[tuple[str, bytes]]) -> dict[str, ValueError]:
+        """Write pairs; those that the store finds wrong, by their keys, cost the others nothing."""
+        try:
+            self.store.mset(pairs)
+        except ValueError as error:
+            if len(pairs) == 1:
+                return {pairs[0][0]: error}
+            return {key: problem for pair in pairs for key, problem in self._set([pair]).items()}
+        return {}
+
+
+def _check_served(ratio: int | None, compressor: SupportsCompress) -> int | None:
+    """The ratio, if the compressor serves it without being asked for a fidelity."""
+    compressor.handle("", ratio)
+    if ratio == RAW_TEXT:
+        raise ValueError(
+            f"ratio must be above {RAW_TEXT} without min_fidelity, got {ratio!r}. Pass one that the compressor serves."
+        )
+    return ratio
 
 
 def _check_made(handles: Sequence[str], memories: Sequence[Memory]) -> None:

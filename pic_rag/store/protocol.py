@@ -10,6 +10,10 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 _NEXT_STEPS = {
+    "disk i/o error": "Free disk space, check the disk, or choose another path.",
+    "cannot allocate memory": "Free memory, or raise the limits on it (ulimit -v, vm.max_map_count).",
+    "memoryerror": "Free memory, or raise the limits on it (ulimit -v, vm.max_map_count).",
+    "too many open files": "Raise the process's limit on open files (ulimit -n).",
     "disk is full": "Free disk space, or put the store on another disk.",
     "no space left": "Free disk space, or put the store on another disk.",
     "quota": "Free disk space, or put the store on another disk.",
@@ -18,6 +22,7 @@ _NEXT_STEPS = {
     "read-only": "Give this process write permission, or choose another path.",
     "permission": "Give this process write permission, or choose another path.",
     "unable to open": "Choose a path whose folder exists and is writable.",
+    "no such file": "Try again: another process has moved or deleted it.",
     "exists": "Choose another path: something else is in the way.",
     "directory": "Choose another path: something else is in the way.",
     "locked": "Another process has been writing all this time: try again, or raise timeout_s.",
@@ -58,7 +63,7 @@ class StoreError(OSError):
     @classmethod
     def at(cls, path: Path, error: Exception) -> StoreError:
         """Say what happened at a path, and what to do about it."""
-        reason = str(error)
+        reason = str(error) or type(error).__name__
         next_step = next(
             (step for symptom, step in _NEXT_STEPS.items() if symptom in reason.lower()),
             "Check the disk, or choose another path.",

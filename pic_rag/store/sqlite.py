@@ -9,26 +9,24 @@ transactions, never the file: what is lost is compressed again.
 
 from __future__ import annotations
 
-import functools
 import os
 import sqlite3
-import threading
+import sys
 import time
-import weakref
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
+from pic_rag.store.forks import SurvivesForks
 from pic_rag.store.protocol import StoreError
 
 _KEYS_PER_QUERY = 500  # SQLite before 3.32 allows 999 variables in a statement
 _KEYS_PER_PAGE = 1000
+_ROW_BYTES = 16  # of a row beside its key and value, at most
 
-_stores: weakref.WeakSet[SQLiteStore] = weakref.WeakSet()
 
-
-class SQLiteStore:
+class SQLiteStore(SurvivesForks):
     """Keys to bytes in one SQLite file.
 
     The file is opened on first use. One object may be shared by threads, carried over a fork and pickled.
@@ -44,12 +42,10 @@ class SQLiteStore:
             raise ValueError(f"timeout_s must be at least 0, got {timeout_s}.")
         self.path = Path(path).absolute()
         self.timeout_s = timeout_s
-        self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._file: tuple[int, int] | None = None  # that the connection is to
         self._immutable = False
-        _survive_forks()
-        _stores.add(self)
+        super().__init__()  # from now on a fork asks for the connection
 
     def mget(self, keys: Sequence[str]) -> list[bytes | None]:
         """Values of the keys, in order; None where there is none.
@@ -71,10 +67,13 @@ class SQLiteStore:
 
         Raises:
             StoreError: The file cannot be written: the disk is full, read-only or locked for `timeout_s`.
+            ValueError: A value is larger than SQLite takes: 1,000,000,000 bytes with its key, as it is mostly built.
         """
+        pairs = list(key_value_pairs)
         with self._connected() as connection:
+            _check_sizes(pairs, _limit_bytes(connection))
             connection.execute("BEGIN IMMEDIATE")
-            connection.executemany("INSERT OR REPLACE INTO memories (key, value) VALUES (?, ?)", key_value_pairs)
+            connection.executemany("INSERT OR REPLACE INTO memories (key, value) VALUES (?, ?)", pairs)
             connection.execute("COMMIT")
 
     def mdelete(self, keys: Sequence[str]) -> None:
@@ -134,6 +133,10 @@ class SQLiteStore:
         """The call that makes this store."""
         return f"SQLiteStore({str(self.path)!r}, timeout_s={self.timeout_s})"
 
+    def _before_fork(self) -> None:
+        """Close: SQLite's file locks are per process, and a child with a connection believes it holds its parent's."""
+        self.close()
+
     @contextmanager
     def _connected(self) -> Generator[sqlite3.Connection, None, None]:
         """The connection, for one thread at a time.
@@ -158,15 +161,14 @@ class SQLiteStore:
 
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        if self.path.is_file() and not (
-            _writable(self.path) and _writable(self.path.parent)
-        ):  # a log is to be beside it
+        path = Path(os.path.realpath(self.path))  # the log is beside the file, not beside a link to it
+        if path.is_file() and not (_writable(path) and _writable(path.parent)):  # a log is to be beside it
             # Part of an image or of somebody else's installation. Without a log beside it nobody is writing to it, and
             # SQLite need not make one to read it.
-            self._immutable = not self.path.with_name(f"{self.path.name}-wal").exists()
-            return self._connect(f"{self.path.as_uri()}?mode=ro{'&immutable=1' if self._immutable else ''}")
+            self._immutable = not path.with_name(f"{path.name}-wal").exists()
+            return self._connect(f"{path.as_uri()}?mode=ro{'&immutable=1' if self._immutable else ''}")
         self._immutable = False
-        connection = self._connect(self.path.as_uri())
+        connection = self._connect(path.as_uri())
         try:
             self._start_logging(connection)
             connection.execute("PRAGMA synchronous=NORMAL")
@@ -196,6 +198,23 @@ class SQLiteStore:
                 time.sleep(0.01)
 
 
+def _limit_bytes(connection: sqlite3.Connection) -> int:
+    """The largest row that SQLite takes."""
+    if sys.version_info >= (3, 11):
+        return connection.getlimit(sqlite3.SQLITE_LIMIT_LENGTH)
+    return 1_000_000_000  # as it is built by default
+
+
+def _check_sizes(pairs: Sequence[tuple[str, bytes]], row_bytes: int) -> None:
+    for key, value in pairs:
+        largest = row_bytes - _ROW_BYTES - len(key.encode())
+        if len(value) > largest:
+            raise ValueError(
+                f"Value of {key} must be at most {largest:,} bytes in a SQLite file, got {len(value):,}. Split its "
+                "document, compress it at a higher ratio, or keep memories in a folder of shards (ShardStore)."
+            )
+
+
 def _writable(path: Path) -> bool:
     return os.access(path, os.W_OK, effective_ids=os.access in os.supports_effective_ids)
 
@@ -207,29 +226,3 @@ def _file_id(path: Path) -> tuple[int, int] | None:
     except FileNotFoundError:
         return None
     return status.st_dev, status.st_ino
-
-
-@functools.cache
-def _survive_forks() -> None:
-    """Close every connection before this process forks, once.
-
-    SQLite keeps file locks per process, and a child that inherits a connection believes it holds its parent's. Holding
-    each store's lock over the fork also keeps a child from inheriting one that another thread holds.
-    """
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(before=_before_fork, after_in_parent=_after_fork, after_in_child=_after_fork)
-
-
-_held_over_fork: list[SQLiteStore] = []
-
-
-def _before_fork() -> None:
-    for store in list(_stores):
-        store._lock.acquire()
-        _held_over_fork.append(store)
-        store.close()
-
-
-def _after_fork() -> None:
-    while _held_over_fork:
-        _held_over_fork.pop()._lock.release()
