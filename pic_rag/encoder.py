@@ -6,7 +6,7 @@ Only this room knows of LoRA. It receives a `Layout` and returns one vector a sl
 from __future__ import annotations
 
 import copy
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -151,7 +151,7 @@ class PicEncoder(nn.Module):
                 module.merge()
 
     def _mask(self, layout: Layout, dtype: torch.dtype) -> object:
-        scopes = {"text_scope": self.config.text_scope, "memory_scope": self.config.memory_scope}
+        scopes: dict[str, Any] = {"text_scope": self.config.text_scope, "memory_scope": self.config.memory_scope}
         if self.attn_implementation == "flex_attention":
             return flex_mask(layout.places, **scopes)
         if self.attn_implementation not in ("sdpa", "eager"):

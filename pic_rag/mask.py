@@ -52,12 +52,14 @@ def attends(
     *,
     text_scope: str,
     memory_scope: str,
+    window: int | None = None,
 ) -> torch.Tensor:
     """The rule itself, for broadcastable queries and keys; true where the query may attend to the key.
 
     Text attends to earlier text of its segment (`text_scope="segment"`) or of its chunk (`"chunk"`) and never
     to a slot. A slot attends to the text of its chunk (all text of the segment with `memory_scope="segment"`)
     and to itself and the earlier slots of its chunk (of all earlier chunks too, unless `memory_scope="chunk"`).
+    With a `window`, as layers of some generators have one, nothing attends to what lies so many places back or more.
     """
     same_chunk = query.chunk == key.chunk
     text_sees_text = same_chunk | (text_scope == "segment")
@@ -66,35 +68,40 @@ def attends(
     sees_text = torch.where(query.is_slot, slot_sees_text, text_sees_text)
     sees_slot = query.is_slot & slot_sees_slot
     in_reach = torch.where(key.is_slot, sees_slot, sees_text)
-    return (query.segment == key.segment) & (key_index <= query_index) & in_reach
+    allowed = (query.segment == key.segment) & (key_index <= query_index) & in_reach
+    return allowed if window is None else allowed & (query_index - key_index < window)
 
 
-def allowed_pairs(places: Places, *, text_scope: str, memory_scope: str) -> torch.Tensor:
+def allowed_pairs(places: Places, *, text_scope: str, memory_scope: str, window: int | None = None) -> torch.Tensor:
     """`(rows, places, places)` bool: row `i`, column `j` is true where place `i` may attend to place `j`."""
     index = torch.arange(places.segment.shape[1], device=places.segment.device)
     query = Places(*(field[:, :, None] for field in places))
     key = Places(*(field[:, None, :] for field in places))
-    return attends(query, key, index[:, None], index, text_scope=text_scope, memory_scope=memory_scope)
+    scopes = {"text_scope": text_scope, "memory_scope": memory_scope}
+    return attends(query, key, index[:, None], index, **scopes, window=window)
 
 
-def dense_mask(places: Places, dtype: torch.dtype, *, text_scope: str, memory_scope: str) -> torch.Tensor:
+def dense_mask(
+    places: Places, dtype: torch.dtype, *, text_scope: str, memory_scope: str, window: int | None = None
+) -> torch.Tensor:
     """`(rows, 1, places, places)` additive mask in `dtype`: 0 where attention is allowed, the lowest value elsewhere.
 
     It is additive because transformers' `eager` attention adds whatever it is given, booleans included.
     """
-    allowed = allowed_pairs(places, text_scope=text_scope, memory_scope=memory_scope)
+    allowed = allowed_pairs(places, text_scope=text_scope, memory_scope=memory_scope, window=window)
     mask = torch.full(allowed.shape, torch.finfo(dtype).min, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(allowed, 0.0)[:, None]
 
 
-def flex_mask(places: Places, *, text_scope: str, memory_scope: str) -> BlockMask:
+def flex_mask(places: Places, *, text_scope: str, memory_scope: str, window: int | None = None) -> BlockMask:
     """The same rule as a FlexAttention `BlockMask` over `(rows, 1, places, places)`."""
 
     def at(row: torch.Tensor, index: torch.Tensor) -> Places:
         return Places(*(field[row, index] for field in places))
 
     def rule(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        return attends(at(row, query), at(row, key), query, key, text_scope=text_scope, memory_scope=memory_scope)
+        scopes = {"text_scope": text_scope, "memory_scope": memory_scope}
+        return attends(at(row, query), at(row, key), query, key, **scopes, window=window)
 
     rows, count = places.segment.shape
     return create_block_mask(rule, rows, None, count, count, device=str(places.segment.device))

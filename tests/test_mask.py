@@ -110,6 +110,21 @@ def test_text_never_sees_a_slot(scopes):
     assert not (allowed & text[:, :, None] & places.is_slot[:, None, :]).any()
 
 
+@pytest.mark.parametrize("form", ["dense", "flex"])
+def test_a_window_ends_what_is_seen_and_adds_nothing(form):
+    places = _places(40, 9)
+    scopes = {"text_scope": "segment", "memory_scope": "segment"}
+    index = torch.arange(places.segment.shape[1])
+    near = index[:, None] - index < 8
+    if form == "dense":
+        windowed = allowed_pairs(places, **scopes, window=8)
+    else:
+        rule = flex_mask(places, **scopes, window=8).mask_mod
+        rows = range(len(places.segment))
+        windowed = torch.stack([rule(torch.tensor(row), torch.tensor(0), index[:, None], index) for row in rows])
+    assert torch.equal(windowed, allowed_pairs(places, **scopes) & near)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_dense_mask_is_additive_and_finite(dtype):
     places = _places(9, 4)

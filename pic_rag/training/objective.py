@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from peft import PeftModel
 from torch import nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from pic_rag.encoder import PicEncoder
 from pic_rag.mask import dense_mask, flex_mask
@@ -23,6 +24,9 @@ class Objective(nn.Module):
         encoder: trained.
         generator: a causal LM, frozen but for its reader LoRA, if peft has put one in it.
         distillation: weight of the KL to the same generator, its reader switched on as well, reading the text.
+
+    Raises:
+        ValueError: when a layer of the generator attends neither to all that stands before nor to a sliding window.
     """
 
     def __init__(self, encoder: PicEncoder, generator: PreTrainedModel | PeftModel, distillation: float) -> None:
@@ -30,6 +34,7 @@ class Objective(nn.Module):
         self.encoder = encoder
         self.generator = generator
         self.distillation = distillation
+        self._windows = _windows(generator.config.get_text_config())
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean loss a target token, and the share of targets that are the likeliest token, both `()` float32."""
@@ -70,9 +75,19 @@ class Objective(nn.Module):
         return torch.stack([cross_entropy, divergence, (logits.argmax(-1) == targets).sum()])
 
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        config = self.generator.config.get_text_config()
         logits = self.generator.get_output_embeddings()(hidden).float()
-        cap = getattr(self.generator.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2
+        logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
+        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         return cap * torch.tanh(logits / cap) if cap else logits
+
+    def _mask(self, rows: Rows, dtype: torch.dtype, window: int | None) -> torch.Tensor | BlockMask:
+        """Each sequence attends to itself alone, causally, and in some layers no farther back than their window."""
+        scopes = {"text_scope": "segment", "memory_scope": "segment"}
+        if self.generator.config._attn_implementation == "flex_attention":
+            return flex_mask(rows.places, **scopes, window=window)
+        return dense_mask(rows.places, dtype, **scopes, window=window)
 
     def _read(self, rows: Rows, memories: torch.Tensor | None) -> torch.Tensor:
         """`(targets, hidden)` last hidden states of the generator at the places that predict a target."""
@@ -80,11 +95,26 @@ class Objective(nn.Module):
         if memories is not None:
             memory = memories.to(embeddings.dtype)[rows.slot.clamp(min=0)]
             embeddings = torch.where((rows.slot >= 0)[..., None], memory, embeddings)
-        scopes = {"text_scope": "segment", "memory_scope": "segment"}
-        flex = self.generator.config._attn_implementation == "flex_attention"
-        mask = flex_mask(rows.places, **scopes) if flex else dense_mask(rows.places, embeddings.dtype, **scopes)
+        masks = {kind: self._mask(rows, embeddings.dtype, window) for kind, window in self._windows.items()}
         decoder = self.generator.get_decoder()
         states = decoder(
-            inputs_embeds=embeddings, position_ids=rows.position_ids, attention_mask=mask, use_cache=False
+            inputs_embeds=embeddings,
+            position_ids=rows.position_ids,
+            attention_mask=masks if len(masks) > 1 else next(iter(masks.values())),
+            use_cache=False,
         ).last_hidden_state
         return states[rows.target_row, rows.target_place]
+
+
+def _windows(config: PretrainedConfig) -> dict[str, int | None]:
+    """How far back each kind of layer attends, in places; None: to the beginning."""
+    window = getattr(config, "sliding_window", None)
+    of_all = "full_attention" if window is None else "sliding_attention"
+    kinds = sorted(set(getattr(config, "layer_types", None) or [of_all]))
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ValueError(
+                f"base_model must have layers of full_attention or sliding_attention, got {kind} in a "
+                f"{config.model_type} model. Train for another model."
+            )
+    return {kind: window if kind == "sliding_attention" else None for kind in kinds}
