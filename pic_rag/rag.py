@@ -176,6 +176,11 @@ class PicRag:
                 f"compressor must be given for the index {str(folder)!r}, got none: it was made with one that has no "
                 "name. Pass the folder that you have saved it in by save_pretrained."
             )
+        if "compressor" not in loading and name and os.path.isabs(name) and not os.path.exists(name):
+            raise FileNotFoundError(
+                f"compressor must be given for the index {str(folder)!r}, which was made with {name!r}, where there is "
+                "nothing any more. Pass the folder that it is in now."
+            )
         loading.setdefault("compressor", name)
         device = _device_name(loading.get("device"))
         retriever = Retriever.load(folder, loading.pop("embedder", None), device=device)

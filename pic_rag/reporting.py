@@ -6,7 +6,6 @@ import json
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,5 +59,9 @@ def require_matplotlib() -> None:
     Raises:
         ImportError: when it is not installed.
     """
-    if find_spec("matplotlib") is None:
-        raise ImportError("Pictures need matplotlib: pip install 'pic-rag[plot]', or '.[plot]' in a checkout.")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "Pictures need matplotlib: pip install 'pic-rag[plot]', or '.[plot]' in a checkout."
+        ) from error

@@ -273,6 +273,16 @@ def test_an_index_is_made_used_and_extended(docs, options, tmp_path, capsys) -> 
 
 
 @pytest.mark.slow
+def test_an_index_keeps_the_compressor_that_it_was_brought_up_to_date_with(folder, docs, options, tmp_path) -> None:
+    index = tmp_path / "index"
+    command = ["ask", QUESTION, "--docs", str(docs), "--index", str(index), "--max-new-tokens", "1", *options]
+    moved = shutil.copytree(folder / "compressor", tmp_path / "moved")
+    for compressor in (folder / "compressor", moved):
+        command[command.index("--compressor") + 1] = str(compressor)
+        assert main(command) == 0
+        assert json.loads((index / "pic_rag.json").read_text())["compressor"] == str(compressor)
+
+
 def test_two_processes_that_extend_one_index_lose_nothing(docs, options, tmp_path) -> None:
     index = str(tmp_path / "index")
     command = [sys.executable, "-m", "pic_rag", "ask", QUESTION, "--index", index, "--json", "--max-new-tokens", "1"]

@@ -347,6 +347,19 @@ def test_an_index_made_with_a_compressor_without_a_name_asks_for_it(folder, tmp_
     )
 
 
+def test_an_index_whose_compressor_has_moved_asks_for_it(folder, tmp_path) -> None:
+    shutil.copytree(folder / "compressor", tmp_path / "compressor")
+    loading = {"embedder": str(folder / "embedder"), **LOADING}
+    PicRag.from_pretrained(tmp_path / "compressor", **loading).save(tmp_path / "index")
+    moved = (tmp_path / "compressor").rename(tmp_path / "moved")
+    with pytest.raises(
+        FileNotFoundError, match="compressor must be given for the index .* made with .*compr"
+    ):
+        PicRag.load(tmp_path / "index", **loading)
+    PicRag.load(tmp_path / "index", compressor=moved, **loading).save(tmp_path / "index")
+    PicRag.load(tmp_path / "index", **loading)
+
+
 def test_an_index_opens_from_another_working_folder(folder, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(folder)
     PicRag.from_pretrained("./compressor", embedder=str(folder / "embedder"), **LOADING).save(tmp_path / "index")

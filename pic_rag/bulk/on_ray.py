@@ -22,6 +22,10 @@ from pic_rag.store import StoreError
 CPUS_A_WORKER = 4
 """CPUs of a worker by default: with more, one forward pass gains less than another worker does."""
 
+_FAILURES: Mapping[str, type[Exception]] = {
+    kind.__name__: kind for kind in (StoreError, FileNotFoundError, TypeError, ValueError)
+}
+
 _WHERE_MODELS_ARE = ("PIC_RAG_CACHE", "PIC_RAG_GENERATOR", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE")
 """Variables that actors of a running cluster would not inherit. No secrets: Ray shows them on its dashboard."""
 
@@ -37,6 +41,8 @@ def map_on_ray(corpus: Corpus, job: Job, *, workers: int | None, address: str | 
 
     Raises:
         ImportError: ray is not installed.
+        FileNotFoundError: a worker did not find a model.
+        RuntimeError: a worker failed in another way.
         StoreError: a worker could not read or write the store.
         ValueError: there are no GPUs for a job that asks for them, or fewer CPUs than workers.
     """
@@ -59,7 +65,8 @@ def map_on_ray(corpus: Corpus, job: Job, *, workers: int | None, address: str | 
         )
         for row in groups.iter_rows():
             if row["failure"]:
-                raise StoreError(row["failure"])
+                kind, message = json.loads(row["failure"])
+                raise _FAILURES.get(kind, RuntimeError)(message)
             yield _unpack(row["group"])
 
 
@@ -105,19 +112,25 @@ def _read(_: dict[str, int], corpus: Corpus, folder: str) -> Iterator[dict[str, 
 
 
 class _Actor:
-    """A `Worker` that speaks Ray's batches: columns of values."""
+    """A `Worker` that speaks Ray's batches: columns of values.
+
+    What goes wrong is an answer as well: what an actor raises, Ray wraps in a long account of its own.
+    """
 
     def __init__(self, job: Job, folder: str) -> None:
         os.chdir(folder)
-        self._work = Worker(job)
+        self._job = job
+        self._worker: Worker | None = None
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
-        """One group, or why the store refused it: what an actor raises, Ray wraps in an account of its own."""
+        """One group, or why it could not be done."""
         [group] = batch["group"]
         try:
-            return {"group": [_pack(self._work(_unpack(group)))], "failure": [""]}
-        except StoreError as error:
-            return {"group": [_pack([])], "failure": [str(error)]}
+            if self._worker is None:
+                self._worker = Worker(self._job)
+            return {"group": [_pack(self._worker(_unpack(group)))], "failure": [""]}
+        except Exception as error:
+            return {"group": [_pack([])], "failure": [json.dumps([type(error).__name__, str(error)])]}
 
 
 def _pack(items: Sequence[Item]) -> str:
@@ -130,6 +143,7 @@ def _unpack(group: str) -> list[Item]:
 
 def _import_ray() -> Any:  # noqa: ANN401 - a module
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for reports to Ray's makers
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its core warns of what it does itself
     try:
         import ray
         import ray.data

@@ -13,6 +13,7 @@ from pic_rag.bulk.corpus import Corpus, Item, Status
 from pic_rag.bulk.engines import Engine, start
 from pic_rag.bulk.worker import Job
 from pic_rag.models.checkpoint import Checkpoint
+from pic_rag.store import MemoryCache
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,9 @@ def compress_corpus(
         StoreError: the store cannot be read or written.
         ValueError: nothing could be read, or a setting is out of range.
     """
-    Checkpoint.load(job.compressor).config.check_ratio(job.ratio)
+    checkpoint = Checkpoint.load(job.compressor)
+    checkpoint.config.check_ratio(job.ratio)
+    MemoryCache(job.store, checkpoint.fingerprint, namespace=job.namespace, at_rest=job.at_rest)  # raises, before all
     corpus = Corpus(paths, split=split)
     tally = Tally()
     with tqdm(

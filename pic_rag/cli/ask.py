@@ -41,7 +41,10 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument("--docs", nargs="+", default=[], metavar="PATH", help="files, and folders of files")
     parser.add_argument(
-        "--index", type=named_path, metavar="DIR", help="keep passages and memories here, and use what is"
+        "--index",
+        type=named_path,
+        metavar="DIR",
+        help="keep passages, memories and --compressor here, and use what is",
     )
     add_ratio(parser, ranked=True)
     parser.add_argument(
@@ -130,7 +133,7 @@ def _open(args: argparse.Namespace) -> PicRag:
             rag = PicRag.load(args.index, **loading(args)) if known else PicRag.from_pretrained(**loading(args))
         before = rag.retriever.passages
         rag.add_files(args.docs, progress=progress(args))
-        if args.index is not None and rag.retriever.passages != before:
+        if args.index is not None and (rag.retriever.passages != before or args.compressor is not None):
             rag.save(args.index)
     return rag
 

@@ -27,6 +27,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "compressor.safetensors"
 READER_FOLDER = "reader"
+READER_CONFIG = "adapter_config.json"  # peft's name
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,15 @@ class Checkpoint:
         folder = _find_folder(name_or_path)
         settings = _read_settings(folder / CONFIG_FILE)
         config, generator = PicConfig.from_dict(settings["pic"]), ModelRef(**settings["generator"])
+        weights = _read_weights(folder / WEIGHTS_FILE)
+        reader = _find_reader(folder / READER_FOLDER, generator.id, config)
+        _check_recorded(folder / WEIGHTS_FILE, reader, settings.get("recorded", {}))
         return cls(
             config=config,
             base=ModelRef(**settings["base"]),
             generator=generator,
-            weights=_read_weights(folder / WEIGHTS_FILE),
-            reader=_find_reader(folder / READER_FOLDER, generator.id, config),
+            weights=weights,
+            reader=reader,
             quality=str(settings.get("quality", "")),
         )
 
@@ -102,12 +106,13 @@ class Checkpoint:
             weights, config = Path(staging, WEIGHTS_FILE), Path(staging, CONFIG_FILE)
             # `save_file` would make a file that nobody but its owner may read
             weights.write_bytes(save({name: tensor.contiguous() for name, tensor in self.weights.items()}))
-            config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             reader = self.reader
             if reader is not None and reader.resolve() == (target / READER_FOLDER).resolve():
                 reader = None  # it is there
             if reader is not None:  # by `copyfile`, without modes: peft's files are for their owner only
                 shutil.copytree(reader, Path(staging, READER_FOLDER), copy_function=shutil.copyfile)
+            settings["recorded"] = _record(weights, self.reader)
+            config.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
             (target / CONFIG_FILE).unlink(missing_ok=True)  # comes back last: without it nothing is read
             if reader is not None:
                 shutil.rmtree(target / READER_FOLDER, ignore_errors=True)
@@ -161,6 +166,31 @@ def _read_settings(path: Path) -> dict[str, Any]:
             f"format_version must be {FORMAT_VERSION}, got {settings['format_version']} in {path}. Upgrade pic-rag."
         )
     return dict(settings)
+
+
+def reader_settings(folder: Path) -> dict[str, Any]:
+    """What of a reader's `adapter_config.json` changes what it computes; its id tells its weights alone."""
+    config = json.loads((folder / READER_CONFIG).read_text(encoding="utf-8"))
+    modules = config.get("target_modules")
+    named = {name: config.get(name) for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")}
+    return {**named, "target_modules": sorted(modules) if isinstance(modules, list) else modules}
+
+
+def _record(weights: Path, reader: Path | None) -> dict[str, Any]:
+    """What `_check_recorded` compares: the content of the weights' file, and the reader's settings."""
+    recorded: dict[str, Any] = {"weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}
+    return recorded if reader is None else {**recorded, "reader": reader_settings(reader)}
+
+
+def _check_recorded(weights: Path, reader: Path | None, recorded: Mapping[str, Any]) -> None:
+    """Raise ValueError where weights or reader are not those that the checkpoint was saved with."""
+    for name, got in _record(weights, reader).items():
+        if name in recorded and got != recorded[name]:
+            where = weights if name == "weights_sha256" else weights.with_name(READER_FOLDER) / READER_CONFIG
+            raise ValueError(
+                f"{where} must be as {CONFIG_FILE} tells, with the {name} {recorded[name]!r}, got {got!r}. It is "
+                "damaged or another compressor's: fetch it again."
+            )
 
 
 def _find_reader(folder: Path, generator: str, config: PicConfig) -> Path | None:

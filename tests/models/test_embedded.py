@@ -188,6 +188,29 @@ def test_a_damaged_cache_is_noticed(model: EmbeddedModel, installed: Path, cache
         locate(model, download=False)
 
 
+def test_what_systems_leave_in_any_folder_damages_nothing(model: EmbeddedModel, installed: Path, cache: Path) -> None:
+    shutil.copytree(installed, cache)
+    for name in (".DS_Store", "sub/.nfs0123", "Thumbs.db"):
+        (cache / "tiny" / name).write_bytes(b"x")
+    assert locate(model, download=False) == cache / "tiny"
+
+
+def test_a_link_to_nowhere_is_replaced(model: EmbeddedModel, cache: Path) -> None:
+    cache.mkdir()
+    (cache / "tiny").symlink_to("nowhere")
+    assert (locate(model) / "sub/weights.bin").read_bytes() == CONTENT["sub/weights.bin"]
+
+
+def test_a_damaged_cache_without_a_network_is_an_error_that_says_both(
+    model: EmbeddedModel, installed: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(installed, cache)
+    change_a_byte(cache / "tiny")
+    offline(monkeypatch, tmp_path)
+    with pytest.raises(EmbeddedModelError, match="got a damaged copy .*weights.bin.*, and a failed download"):
+        locate(model)
+
+
 def test_a_damaged_cache_is_made_again(model: EmbeddedModel, installed: Path, cache: Path) -> None:
     shutil.copytree(installed, cache)
     change_a_byte(cache / "tiny")

@@ -15,7 +15,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from training_runs import TEXT, file_hashes, make_config, metrics_of, weights_of
 from transformers import AutoTokenizer, LlamaForCausalLM
@@ -23,6 +23,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from pic_rag.cli import INTERRUPTED, main
 from pic_rag.compression.compressor import Compressor
 from pic_rag.generation.generator import Generator
+from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import read_questions as read_eval_questions
 from pic_rag.training import guards
@@ -339,8 +340,9 @@ def test_a_compressor_that_a_run_cannot_start_from_is_refused_by_what_differs(da
     refused("reader_rank must be 2, that of the reader of init_from=.*, got 4", reader_rank=4)
     refused("reader_rank must be 2, .* got 0", reader_rank=0)
     refused("pic.lora_rank must be 4, as in init_from=.*, got 8", pic={**pic, "lora_rank": 8})
-    weights = folder / "compressor.safetensors"
-    save_file({**load_file(weights), "slot_embedding": torch.full((64,), torch.nan)}, weights)
+    made = Checkpoint.load(folder)
+    weights = {**made.weights, "slot_embedding": torch.full((64,), torch.nan)}
+    dataclasses.replace(made, weights=weights).save(folder)
     refused("init_from=.* must hold finite weights, got others in 'slot_embedding'")
 
 
