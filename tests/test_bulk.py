@@ -334,13 +334,22 @@ def test_two_actors_killed_in_the_middle_compress_ten_thousand_documents_once(
 
 @needs_ray
 @pytest.mark.slow
-def test_an_error_of_an_actor_is_the_error_of_the_run(checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("out", "options", "error"),
+    [
+        ("file", [], r"Store at \S+ must be readable and writable, got: .* in the way\."),
+        ("out", ["--generator", "/gone"], r".*/gone.*"),
+    ],
+)
+def test_an_error_of_an_actor_is_the_error_of_the_run(
+    out: str, options: list[str], error: str, checkpoint: Path, tmp_path: Path
+) -> None:
     """Not Ray's account of where it happened."""
     (tmp_path / "file").write_bytes(b"")
-    arguments = command(write_documents(tmp_path / "docs", 3), tmp_path / "file", checkpoint)
-    failed = start(*arguments, "--engine", "ray", "--workers", "1", "--ray-address", "local")
+    arguments = command(write_documents(tmp_path / "docs", 3), tmp_path / out, checkpoint)
+    failed = start(*arguments, *options, "--engine", "ray", "--workers", "1", "--ray-address", "local")
     output, complaint = failed.communicate(timeout=600)
     assert (failed.returncode, output) == (1, "")
     ours = re.findall(r"^pic-rag: .*", complaint, re.M)  # Ray's core prints a line that no setting of Python's reaches
     assert len(ours) == 1
-    assert re.fullmatch(r"pic-rag: error: Store at \S+ must be readable and writable, got: .* in the way\.", ours[0])
+    assert re.fullmatch(f"pic-rag: error: {error}", ours[0])

@@ -352,9 +352,7 @@ def test_an_index_whose_compressor_has_moved_asks_for_it(folder, tmp_path) -> No
     loading = {"embedder": str(folder / "embedder"), **LOADING}
     PicRag.from_pretrained(tmp_path / "compressor", **loading).save(tmp_path / "index")
     moved = (tmp_path / "compressor").rename(tmp_path / "moved")
-    with pytest.raises(
-        FileNotFoundError, match="compressor must be given for the index .* made with .*compr"
-    ):
+    with pytest.raises(FileNotFoundError, match="compressor must be given for the index .* made with .*compr"):
         PicRag.load(tmp_path / "index", **loading)
     PicRag.load(tmp_path / "index", compressor=moved, **loading).save(tmp_path / "index")
     PicRag.load(tmp_path / "index", **loading)

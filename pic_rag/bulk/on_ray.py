@@ -143,7 +143,6 @@ def _unpack(group: str) -> list[Item]:
 
 def _import_ray() -> Any:  # noqa: ANN401 - a module
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for reports to Ray's makers
-    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its core warns of what it does itself
     try:
         import ray
         import ray.data
