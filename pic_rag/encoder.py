@@ -75,16 +75,24 @@ class PicEncoder(nn.Module):
     """Turns a layout's slots into memory tokens.
 
     Args:
-        base: a causal LM; its decoder is copied, cut to `config.encoder_layers` layers and frozen, its input embeddings
-            are frozen and shared.
+        base: a causal LM; its decoder is copied, cut to `config.encoder_layers` layers and frozen.
         config: the PIC settings.
         generator_embeddings: input embeddings of the generator, frozen and not part of this module's state.
+        share_embeddings: freeze the base's own input embeddings and use them, in place of a copy: of large vocabularies
+            that spares gigabytes. For a base that nobody else trains, moves or rounds.
     """
 
-    def __init__(self, base: PreTrainedModel, config: PicConfig, generator_embeddings: nn.Module) -> None:
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        config: PicConfig,
+        generator_embeddings: nn.Module,
+        *,
+        share_embeddings: bool = False,
+    ) -> None:
         super().__init__()
         self.config = config
-        self.decoder = _cut_decoder(base, config)
+        self.decoder = _cut_decoder(base, config, share_embeddings=share_embeddings)
         self._generator_embeddings = (generator_embeddings,)  # a tuple hides it from state_dict
         weight = self.token_embedding_weight
         hidden, self.hidden = weight.shape[1], _width(generator_embeddings)
@@ -165,7 +173,7 @@ class PicEncoder(nn.Module):
         return self.slot_embedding * getattr(embeddings, "embed_scale", 1.0)
 
 
-def _cut_decoder(base: PreTrainedModel, config: PicConfig) -> PreTrainedModel:
+def _cut_decoder(base: PreTrainedModel, config: PicConfig, *, share_embeddings: bool) -> PreTrainedModel:
     decoder = base.get_decoder()
     if not hasattr(decoder, "layers") or not hasattr(decoder, "rotary_emb"):
         raise ValueError(
@@ -178,9 +186,9 @@ def _cut_decoder(base: PreTrainedModel, config: PicConfig) -> PreTrainedModel:
     if keep > len(layers):
         raise ValueError(f"encoder_layers must be at most {len(layers)} (the base model's layers), got {keep}.")
     decoder.layers = layers[:keep]
-    embeddings = decoder.get_input_embeddings()  # of large vocabularies gigabytes, and frozen: not copied
+    embeddings = decoder.get_input_embeddings()
     try:
-        cut = copy.deepcopy(decoder, {id(embeddings): embeddings})
+        cut = copy.deepcopy(decoder, {id(embeddings): embeddings} if share_embeddings else None)
     finally:
         decoder.layers = layers
     cut.config = copy.deepcopy(cut.config)

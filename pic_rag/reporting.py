@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,8 @@ _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "sentence-transforme
 
 def versions() -> dict[str, str]:
     """Of pic-rag, Python and the packages that figures depend on, and the name of the GPU, or else of the processor."""
+    from importlib.metadata import version
+
     from torch import cuda
 
     device = cuda.get_device_name() if cuda.is_available() else cpu_name()

@@ -227,10 +227,14 @@ def test_the_encoder_keeps_its_own_copy_of_the_first_layers(tiny_model):
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny_model.state_dict().items())
 
 
-def test_the_encoder_shares_the_token_embeddings_of_its_base(tiny_model):
+def test_the_encoder_shares_the_token_embeddings_of_its_base_only_where_it_is_told_to(tiny_model):
     base = copy.deepcopy(tiny_model)
-    encoder = PicEncoder(base, _config(), base.get_input_embeddings())
-    assert encoder.token_embedding_weight is base.get_input_embeddings().weight
+    weight = base.get_input_embeddings().weight
+    apart = PicEncoder(base, _config(), base.get_input_embeddings())
+    assert apart.token_embedding_weight is not weight
+    assert weight.requires_grad
+    shared = PicEncoder(base, _config(), base.get_input_embeddings(), share_embeddings=True)
+    assert shared.token_embedding_weight is weight
 
 
 def test_merging_the_lora_keeps_memories_and_trained_state(tiny_model):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -435,6 +436,11 @@ def test_threads_save_into_one_folder(rag, tmp_path) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: rag.save(tmp_path / "index"), range(40)))
     assert not list((tmp_path / "index").glob("*.partial"))
+    left = tmp_path / "index" / f"pic_rag.json.{'0' * 32}.partial"  # by a process that was killed
+    left.write_bytes(b"{")
+    os.utime(left, (0, 0))
+    rag.save(tmp_path / "index")
+    assert not left.exists()
 
 
 @pytest.mark.embedded

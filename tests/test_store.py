@@ -942,6 +942,21 @@ def test_a_memory_that_the_store_refuses_costs_the_others_nothing(
     assert re.match(r"The memory of 2\.md is used but not kept: Value of default/.* at most", record.getMessage())
 
 
+def test_a_store_that_refuses_everything_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    class Closed(InMemoryByteStore):
+        """A closed file raises ValueError, as a value does that is wrong."""
+
+        def mset(self, key_value_pairs: Sequence[tuple[str, bytes]]) -> None:
+            raise ValueError("I/O operation on closed file.")
+
+    compressor = ByteMeanCompressor()
+    cache = MemoryCache(Closed(), compressor.fingerprint)
+    with caplog.at_level(logging.WARNING):
+        cache.get_or_compress([f"text {number}" for number in range(2 * GROUP_DOCUMENTS)], compressor)
+    [record] = caplog.records
+    assert record.getMessage().startswith("The store could not be written; memories are used but not kept: I/O")
+
+
 class ForgetfulCompressor(ByteMeanCompressor):
     """A compressor that promises handles of another ratio than it compresses at."""
 

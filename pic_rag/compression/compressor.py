@@ -97,7 +97,8 @@ class Compressor:
         base, reads = load_models(
             checkpoint, base_model, generator, device=device, dtype=dtype, attn_implementation=attn_implementation
         )
-        encoder = PicEncoder(base.model, checkpoint.config, reads.model.get_input_embeddings())
+        embeddings = reads.model.get_input_embeddings()
+        encoder = PicEncoder(base.model, checkpoint.config, embeddings, share_embeddings=True)
         encoder.load_trained_state(checkpoint.weights)
         encoder.merge_lora()
         checkpoint = checkpoint.with_models_at(base.name, reads.name)
@@ -146,7 +147,8 @@ class Compressor:
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # equal models and settings make equal fingerprints, so a store of memories stays good
-            encoder = PicEncoder(base.model, config, embeddings)
+            given = isinstance(model, PreTrainedModel)
+            encoder = PicEncoder(base.model, config, embeddings, share_embeddings=not given)
         weights = {name: tensor.detach().cpu().clone() for name, tensor in encoder.trained_state().items()}
         generator_ref = ModelRef(reader.name, generator_id(reader.ref.id, None, config.generator_positions))
         return cls(Checkpoint(config, base.ref, generator_ref, weights), encoder, base.tokenizer)

@@ -6,12 +6,15 @@ files count. This file does not know what is in them.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
 import re
+import time
 import uuid
 from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ from filelock import FileLock
 
 MANIFEST = "retriever.json"
 FORMAT_VERSION = 1
+_PARTIAL_SECONDS = 3600
 _NAME_DIGITS = 16  # of the hash of its content, in a data file's name
 
 
@@ -79,10 +83,9 @@ def write_folder(
 
 def _sweep(folder: Path, files: Iterable[str], named: Collection[str]) -> None:
     """Remove data files of older states, and what killed processes have left."""
-    partial = r"\.[0-9a-f]{32}\.partial"
-    written = [rf"{re.escape(MANIFEST)}{partial}"]
-    for stem, suffix in (name.split(".") for name in files):
-        written.append(rf"{stem}\.[0-9a-f]{{{_NAME_DIGITS}}}\.{suffix}({partial})?")
+    partial = r"(\.[0-9a-f]{32}\.partial)?"
+    stems = (name.split(".") for name in files)
+    written = [rf"{stem}\.[0-9a-f]{{{_NAME_DIGITS}}}\.{suffix}{partial}" for stem, suffix in stems]
     for path in folder.iterdir():
         if re.fullmatch("|".join(written), path.name) and path.name not in named:
             path.unlink()
@@ -164,6 +167,7 @@ def write_file(path: Path, data: bytes) -> None:
             writer.flush()
             os.fsync(writer.fileno())
         partial.replace(path)
+        _sweep_partials(path)
     except OSError as error:
         if error.filename is None:  # the disk is full, or broken
             reason = f"{error.strerror}. What was there is as it was: free disk space, or save to another folder"
@@ -171,3 +175,11 @@ def write_file(path: Path, data: bytes) -> None:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sweep_partials(path: Path) -> None:
+    """Remove what processes that were killed have left of a file; young ones may be somebody's who writes just now."""
+    for partial in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 32}.partial"):
+        with suppress(FileNotFoundError):
+            if time.time() - partial.stat().st_mtime > _PARTIAL_SECONDS:
+                partial.unlink()

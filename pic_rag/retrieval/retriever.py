@@ -7,6 +7,7 @@ This file does not know what is done with a passage afterwards.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import os
@@ -93,8 +94,11 @@ class Retriever:
         self._adding = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """What a copy or a pickle holds: all but the locks."""
-        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_adding")}
+        """What a copy or a pickle holds: all but the locks, as it is at one moment."""
+        with self._lock:
+            state = {name: value for name, value in vars(self).items() if name not in ("_lock", "_adding")}
+            own = {name: copy.copy(state[name]) for name in ("_passages", "_hashes", "_states")}
+            return {**state, **own, "_index": faiss.clone_index(self._index)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy has locks of its own."""

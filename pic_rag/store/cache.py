@@ -41,7 +41,7 @@ class SupportsCompress(Protocol):
         """Compute dtype, such as ``"bfloat16"``."""
 
     def handle(self, text: str, ratio: int | None = None) -> str:
-        """Handle that the memory of the text will have; a ValueError for a ratio that is not served."""
+        """Handle that the memory of the text will have; a ValueError for a ratio that is not served. 1 is raw text."""
 
     def ladder(self, ratio: int | None = None) -> Sequence[int]:
         """Ratios to try for a wanted fidelity, from the highest down; asked for with `min_fidelity` only."""
@@ -323,7 +323,10 @@ class MemoryCache:
         except ValueError as error:
             if len(pairs) == 1:
                 return {pairs[0][0]: error}
-            return {key: problem for pair in pairs for key, problem in self._set([pair]).items()}
+            refused = {key: problem for pair in pairs for key, problem in self._set([pair]).items()}
+            if len(refused) == len(pairs):  # it is the store that is at fault
+                raise
+            return refused
         return {}
 
 

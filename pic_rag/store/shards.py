@@ -34,7 +34,7 @@ from pic_rag.store.protocol import StoreError
 _SHARD_NAME = re.compile(r"shard-[0-9]{8}-[0-9a-f]{8}(-[0-9a-f]{8})?\.safetensors")  # number, writer, deletion
 _RESERVED_KEY = "__metadata__"  # safetensors' own
 _CLOCK_NS = 2_000_000_000  # coarsest clock of a common file system (FAT): 2 s
-_MAPPED_SHARDS = 256  # at once; Linux allows a process 65,530 mappings
+_MAPPED_SHARDS = 4096  # at once; Linux allows a process 65,530 mappings
 
 
 class ShardStore(SurvivesForks):

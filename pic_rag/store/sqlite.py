@@ -161,7 +161,8 @@ class SQLiteStore(SurvivesForks):
 
     def _open(self) -> sqlite3.Connection:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        path = Path(os.path.realpath(self.path))  # the log is beside the file, not beside a link to it
+        # the log is beside the file, not beside a link to it
+        path = Path(os.path.realpath(self.path)) if self.path.is_symlink() else self.path
         if path.is_file() and not (_writable(path) and _writable(path.parent)):  # a log is to be beside it
             # Part of an image or of somebody else's installation. Without a log beside it nobody is writing to it, and
             # SQLite need not make one to read it.

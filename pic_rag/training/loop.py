@@ -85,7 +85,8 @@ class Trainer:
         base = load_base(config, accelerator.device)
         self.backbone = base
         self.base = base.ref
-        self.encoder = PicEncoder(base.model, config.pic, base.model.get_input_embeddings())
+        embeddings = base.model.get_input_embeddings()
+        self.encoder = PicEncoder(base.model, config.pic, embeddings, share_embeddings=True)
         self.generator = prepare_generator(base.model, config)
         self.factory = self._example_factory()
         if config.init_from:
@@ -103,6 +104,7 @@ class Trainer:
                 for layer in cast("nn.ModuleList", decoder.layers):  # all alike: compiled once, in seconds
                     layer.compile(dynamic=False if config.rows else None)
         self.step = 0
+        self.saved: int | None = None  # the step of the last checkpoint
         self.seconds = 0.0
         self.given = config  # whose stages may end elsewhere than the run does
         self.end: int | None = None  # the last step, once `finish` has settled it or it was reached
@@ -163,7 +165,8 @@ class Trainer:
                         break
                 self._save()
             except KeyboardInterrupt:
-                self._save()
+                if self.saved != self.step:
+                    self._save()
                 raise
         return (ends[-1] - ends[0]) / max(1, len(ends) - 1)
 
@@ -280,6 +283,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
         }
         write_state(self.out, state)
+        self.saved = self.step
 
     def export(self, folder: Path) -> None:
         """Write the compressor in bfloat16, and the reader as a peft adapter beside it."""

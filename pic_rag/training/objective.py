@@ -77,8 +77,10 @@ class Objective(nn.Module):
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         config = self.generator.config.get_text_config()
         logits = self.generator.get_output_embeddings()(hidden).float()
-        logits = logits * (getattr(config, "logit_scale", None) or 1.0)  # Cohere
-        logits = logits / (getattr(config, "logits_scaling", None) or 1.0)  # Granite
+        if factor := getattr(config, "logit_scale", None):  # Cohere
+            logits = logits * factor
+        if divisor := getattr(config, "logits_scaling", None):  # Granite
+            logits = logits / divisor
         cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
         return cap * torch.tanh(logits / cap) if cap else logits
 

@@ -241,6 +241,23 @@ def test_a_copy_is_a_retriever_of_its_own(retriever: Retriever, duplicate: Calla
     assert len(retriever) == before
 
 
+def test_a_copy_is_whole_while_others_add(retriever: Retriever) -> None:
+    done = threading.Event()
+
+    def add() -> None:
+        for number in range(300):
+            retriever.add([Document.from_text(f"Stork {number} nests.", source=f"{number}.md")])
+        done.set()
+
+    adding = threading.Thread(target=add)
+    adding.start()
+    while not done.is_set():
+        copied = copy.deepcopy(retriever)
+        assert copied._index.ntotal == len(copied.passages)
+        assert {hit.passage.hash for hit in copied.search("Stork", 5)} <= copied._hashes
+    adding.join()
+
+
 def test_searches_go_on_while_it_is_decided_what_goes(retriever: Retriever) -> None:
     searched: list[int] = []
 
