@@ -283,6 +283,7 @@ def test_an_index_keeps_the_compressor_that_it_was_brought_up_to_date_with(folde
         assert json.loads((index / "pic_rag.json").read_text())["compressor"] == str(compressor)
 
 
+@pytest.mark.slow  # three processes load the models
 def test_two_processes_that_extend_one_index_lose_nothing(docs, options, tmp_path) -> None:
     index = str(tmp_path / "index")
     command = [sys.executable, "-m", "pic_rag", "ask", QUESTION, "--index", index, "--json", "--max-new-tokens", "1"]

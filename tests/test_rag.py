@@ -444,6 +444,7 @@ def test_threads_save_into_one_folder(rag, tmp_path) -> None:
 
 
 @pytest.mark.embedded
+@pytest.mark.slow
 def test_the_embedded_models_find_and_read_the_demo_corpus(tmp_path) -> None:
     compressor = Compressor.from_base(config=PicConfig(encoder_layers=2))
     generator = Generator.from_pretrained()

@@ -469,6 +469,7 @@ print(peak(50, 8), peak(500, 8), peak(500, 10_000))
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="reads Linux's record of memory use")
+@pytest.mark.slow
 def test_working_memory_does_not_grow_with_the_length_of_a_text(trained_folder):
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(trained_folder)], capture_output=True, text=True, check=True
