@@ -122,6 +122,7 @@ def half_done(folder, tmp_path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("killed_at", "death"), [(0, KeyboardInterrupt), (2, KeyboardInterrupt), (2, MemoryError), (4, MemoryError)]
 )

@@ -341,6 +341,7 @@ def real_index(real_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIC_RAG_CACHE", str(real_cache))
 
 
+@pytest.mark.slow
 @pytest.mark.embedded
 @pytest.mark.usefixtures("real_index")
 def test_the_embedded_generator_is_a_working_language_model(capfd: pytest.CaptureFixture[str]) -> None:
