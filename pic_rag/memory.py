@@ -262,8 +262,8 @@ def _unpack(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> torch
         raise ValueError(f"shape must be {(memory_tokens, hidden)}, got {tuple(values.shape)}.")
     dtype = _resolve_dtype(metadata["dtype"])
     # float16 ends at 65504, and bfloat16 rounds the last of it up to 65536: clamp, or it would become infinite.
-    limits = torch.finfo(dtype)
-    return values.to(torch.float32).clamp(limits.min, limits.max).to(dtype)
+    largest = min(torch.finfo(dtype).max, torch.finfo(torch.float32).max)
+    return values.to(torch.float32).clamp(-largest, largest).to(dtype)
 
 
 def _pack_nibbles(integers: torch.Tensor) -> torch.Tensor:

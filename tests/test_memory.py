@@ -57,7 +57,7 @@ def test_bf16_is_exact_for_a_bf16_memory() -> None:
     assert torch.equal(Memory.from_bytes(memory.to_bytes()).embeddings, memory.embeddings)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
 def test_other_compute_dtypes_rest_in_bf16_and_come_back_in_their_own(dtype: torch.dtype) -> None:
     """A float32 memory is stored in half the bytes, within bf16's rounding, and its handle still says float32."""
     memory = make_memory(dtype=dtype)
