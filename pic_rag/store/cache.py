@@ -170,6 +170,7 @@ class MemoryCache:
             way = _Way(compressor, batch_size, progress)
             ratios = ratio_of_each(ratio, len(texts), lambda own: _check_served(own, compressor))
             return self._at_ratios(texts, labels, ratios, way)
+        # any fidelity will do here: each ratio asked for is made, checked and kept, and `descend` picks
         way = _Way(compressor, batch_size, progress, {"min_fidelity": 0.0, "generator": generator})
         cached: dict[str, bool] = {}
 
