@@ -56,7 +56,7 @@ class PicConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratios", _rising("ratios", self.ratios))
         for name in ("ratio", "slots_per_chunk", "segment_tokens", "lora_alpha"):
-            _require_positive(name, getattr(self, name))
+            object.__setattr__(self, name, check_positive(name, getattr(self, name)))
         for ratio in self.ratios:
             if ratio == RAW_TEXT:
                 raise ValueError(f"ratios must be 2 or more, got {self.ratios}. Ratio 1 is the text itself.")
@@ -66,9 +66,9 @@ class PicConfig:
                     f"and ratio={ratio}."
                 )
         if self.encoder_layers is not None:
-            _require_positive("encoder_layers", self.encoder_layers)
+            object.__setattr__(self, "encoder_layers", check_positive("encoder_layers", self.encoder_layers))
         if self.lora_rank != 0:
-            _require_positive("lora_rank", self.lora_rank)
+            object.__setattr__(self, "lora_rank", check_positive("lora_rank", self.lora_rank))
         if not isinstance(self.residual_pool, bool):
             raise ValueError(f"residual_pool must be true or false, got {self.residual_pool!r}.")
         for name, allowed in _CHOICES.items():
@@ -154,13 +154,7 @@ def _rising(name: str, values: Any) -> tuple[int, ...]:  # noqa: ANN401 - whatev
     """The values as a tuple, in increasing order: weights given beside them belong to them one by one."""
     if not isinstance(values, (list, tuple)) or not values:
         raise ValueError(f"{name} must be a list of at least one whole number, got {values!r}.")
-    for value in values:
-        _require_positive(name, value)
-    if any(left >= right for left, right in pairwise(values)):
-        raise ValueError(f"{name} must be in increasing order without repeats, got {tuple(values)}.")
-    return tuple(values)
-
-
-def _require_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a positive whole number, got {value!r}.")
+    numbers = tuple(check_positive(name, value) for value in values)
+    if any(left >= right for left, right in pairwise(numbers)):
+        raise ValueError(f"{name} must be in increasing order without repeats, got {numbers}.")
+    return numbers

@@ -99,6 +99,9 @@ def test_a_reader_that_was_given_another_scale_is_refused(make):
         ValueError, match=r"adapter_config.json must be as config.json tells, .* got .*'lora_alpha': 64"
     ):
         Checkpoint.load(folder)
+    config.write_text("{")
+    with pytest.raises(ValueError, match=r"adapter_config.json must be a JSON object as peft writes it, got: "):
+        Checkpoint.load(folder)
 
 
 def _name_anew(folder):

@@ -386,7 +386,7 @@ def test_an_index_without_documents_answers_from_none(folder, tmp_path) -> None:
         ({"ratio": (4, 4, 4, 5)}, "ratio must be one of 4, 8"),
         ({"ratio": np.array([4, 8])}, "ratio must be one of 4, 8"),
         ({"ratio": b"\x04"}, "ratio must be one of 4, 8"),
-        ({"top_k": 0}, "top_k must be at least 1, got 0"),
+        ({"top_k": 0}, "top_k must be a whole number of 1 or more, got 0"),
         ({"mode": "text", "min_fidelity": 2}, "min_fidelity must be a number from 0 to 1, got 2"),
     ],
 )

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from pic_rag.assembler import Assembled
+from pic_rag.config import check_positive
 from pic_rag.generation.completion import Completion
 from pic_rag.generation.prefix import PREFIX_CACHE_BYTES, Prefix, PrefixCache, join, supports_reuse
 from pic_rag.generation.reader import Reader
@@ -86,8 +87,7 @@ class Engine:
         merge_calls: bool = False,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     ) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}. Use 1 to decode one prompt at a time.")
+        check_positive("batch_size", batch_size)
         if prefix_cache_bytes < 0:
             raise ValueError(f"prefix_cache_bytes must be at least 0, got {prefix_cache_bytes}. Use 0 to keep none.")
         self.model = model

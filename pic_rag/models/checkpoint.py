@@ -169,9 +169,17 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def reader_settings(folder: Path) -> dict[str, Any]:
-    """What of a reader's `adapter_config.json` changes what it computes; its id tells its weights alone."""
-    config = json.loads((folder / READER_CONFIG).read_text(encoding="utf-8"))
-    modules = config.get("target_modules")
+    """What of a reader's `adapter_config.json` changes what it computes; its id tells its weights alone.
+
+    Raises:
+        ValueError: when the file is missing or damaged.
+    """
+    path = folder / READER_CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        modules = config.get("target_modules")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} must be a JSON object as peft writes it, got: {error}. Fetch it again.") from error
     named = {name: config.get(name) for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")}
     return {**named, "target_modules": sorted(modules) if isinstance(modules, list) else modules}
 
@@ -183,8 +191,11 @@ def _record(weights: Path, reader: Path | None) -> dict[str, Any]:
 
 
 def _check_recorded(weights: Path, reader: Path | None, recorded: Mapping[str, Any]) -> None:
-    """Raise ValueError where weights or reader are not those that the checkpoint was saved with."""
-    for name, got in _record(weights, reader).items():
+    """Raise ValueError where weights or reader are not those that the checkpoint was saved with.
+
+    Older checkpoints have recorded nothing.
+    """
+    for name, got in _record(weights, reader).items() if recorded else ():
         if name in recorded and got != recorded[name]:
             where = weights if name == "weights_sha256" else weights.with_name(READER_FOLDER) / READER_CONFIG
             raise ValueError(

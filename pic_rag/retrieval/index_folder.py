@@ -6,7 +6,6 @@ files count. This file does not know what is in them.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
@@ -82,10 +81,9 @@ def write_folder(
 
 
 def _sweep(folder: Path, files: Iterable[str], named: Collection[str]) -> None:
-    """Remove data files of older states, and what killed processes have left."""
-    partial = r"(\.[0-9a-f]{32}\.partial)?"
+    """Remove data files of older states."""
     stems = (name.split(".") for name in files)
-    written = [rf"{stem}\.[0-9a-f]{{{_NAME_DIGITS}}}\.{suffix}{partial}" for stem, suffix in stems]
+    written = [rf"{stem}\.[0-9a-f]{{{_NAME_DIGITS}}}\.{suffix}" for stem, suffix in stems]
     for path in folder.iterdir():
         if re.fullmatch("|".join(written), path.name) and path.name not in named:
             path.unlink()
@@ -167,7 +165,7 @@ def write_file(path: Path, data: bytes) -> None:
             writer.flush()
             os.fsync(writer.fileno())
         partial.replace(path)
-        _sweep_partials(path)
+        _sweep_partials(path.parent)
     except OSError as error:
         if error.filename is None:  # the disk is full, or broken
             reason = f"{error.strerror}. What was there is as it was: free disk space, or save to another folder"
@@ -177,9 +175,9 @@ def write_file(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _sweep_partials(path: Path) -> None:
-    """Remove what processes that were killed have left of a file; young ones may be somebody's who writes just now."""
-    for partial in path.parent.glob(f"{glob.escape(path.name)}.{'[0-9a-f]' * 32}.partial"):
+def _sweep_partials(folder: Path) -> None:
+    """Remove what killed processes have left half-written; young ones may be somebody's who writes just now."""
+    for partial in folder.glob(f"*.{'[0-9a-f]' * 32}.partial"):
         with suppress(FileNotFoundError):
             if time.time() - partial.stat().st_mtime > _PARTIAL_SECONDS:
                 partial.unlink()

@@ -14,7 +14,6 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from tqdm.auto import tqdm
 
+from pic_rag.config import check_positive
 from pic_rag.models.backbone import same_model
 from pic_rag.models.embedded import retriever_path
 from pic_rag.models.quiet import quiet_loading
@@ -76,7 +76,7 @@ class Retriever:
             ValueError: a size is out of range.
             EmbeddedModelError: the embedded retriever is neither in the cache nor obtainable.
         """
-        _check_positive("batch_size", batch_size)
+        check_positive("batch_size", batch_size)
         self._splitter = PassageSplitter(passage_characters, overlap_characters)
         self.passage_characters = passage_characters
         self.overlap_characters = overlap_characters
@@ -180,7 +180,7 @@ class Retriever:
             TypeError: `query` is not a string.
             ValueError: `query` is blank or not valid Unicode, or `top_k` below 1.
         """
-        _check_positive("top_k", top_k)
+        top_k = check_positive("top_k", top_k)
         if not isinstance(query, str):
             raise TypeError(f"query must be a string, got {type(query).__name__}. Pass the question alone.")
         check_unicode("query", query)
@@ -295,13 +295,6 @@ class Retriever:
             self._index.remove_ids(faiss.IDSelectorBatch(np.array(sorted(gone), dtype=np.int64)))
             self._passages, self._hashes = kept, hashes
         return len(gone)
-
-
-def _check_positive(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, Integral):
-        raise TypeError(f"{name} must be a whole number, got {value!r}.")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def _load_embedder(

@@ -136,7 +136,7 @@ def test_a_generators_batch_size_bounds_what_goes_together(
         held.open.set()
         assert len({future.result(20)[0].text for future in futures}) == 1
     assert held.batches == [1, 1, 1, 1]
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be a whole number of 1 or more, got 0"):
         Generator(tiny_model, tiny_tokenizer, name="tiny", batch_size=0)
 
 

@@ -193,7 +193,9 @@ def test_a_killed_save_leaves_the_old_state(
 ) -> None:
     retriever.save(tmp_path)
     (tmp_path / "index.0123456789abcdef.faiss").write_bytes(b"whole, but not yet named by retriever.json")
-    (tmp_path / f"passages.0123456789abcdef.jsonl.{'0' * 32}.partial").write_bytes(b"half")
+    half = tmp_path / f"passages.0123456789abcdef.jsonl.{'0' * 32}.partial"
+    half.write_bytes(b"half")
+    os.utime(half, (0, 0))
     assert len(Retriever.load(tmp_path, embedder)) == 3
     retriever.save(tmp_path)
     assert len(list(tmp_path.iterdir())) == 4, "the next save removes what the killed one left"
@@ -342,7 +344,7 @@ def test_threads_that_add_the_same_documents_add_them_once(
     [
         ({"passage_characters": 0}, "passage_characters must be at least 1, got 0"),
         ({"passage_characters": 100, "overlap_characters": 100}, "below passage_characters=100, got 100"),
-        ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"batch_size": 0}, "batch_size must be a whole number of 1 or more, got 0"),
     ],
 )
 def test_settings_out_of_range_are_refused(embedder: SentenceTransformer, settings: dict, message: str) -> None:
@@ -351,7 +353,7 @@ def test_settings_out_of_range_are_refused(embedder: SentenceTransformer, settin
 
 
 def test_a_query_out_of_range_is_refused(retriever: Retriever) -> None:
-    with pytest.raises(ValueError, match="top_k must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="top_k must be a whole number of 1 or more, got 0"):
         retriever.search("frogs", top_k=0)
     with pytest.raises(ValueError, match="query must hold text, got ' '"):
         retriever.search(" ")
