@@ -23,6 +23,7 @@ import pic_rag
 from langchain_pic_rag.guard import LLM_TYPE
 from langchain_pic_rag.messages import to_prompt, tool_chunk, usage
 from langchain_pic_rag.settings import ModelSettings
+from langchain_pic_rag.store import store_name
 from langchain_pic_rag.tools import parse_calls
 from pic_rag import UnknownHandleError, shared_compressor, shared_generator
 
@@ -127,7 +128,7 @@ class ChatPIC(ModelSettings, BaseChatModel):
             "generator": self.get_checkpoint().generator.id,
             "generator_dtype": self.dtype if self.generator is None else str(self.generator.model.dtype),
             "device": self.device,
-            "store": repr(self.get_store()),
+            "store": store_name(self.get_store()),
             "namespace": self.namespace,
             "own_stop": self.stop,  # LangChain puts the call's own in the place of "stop"
             **{name: getattr(self, name) for name in _SAMPLING},

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
+from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, BaseMessage
 from langchain_core.prompt_values import ChatPromptValue, PromptValue, StringPromptValue
 from langchain_core.runnables import Runnable, RunnableLambda
+from pydantic import BaseModel
 
 from langchain_pic_rag.texts import map_content
 from pic_rag import escape_handles
 
 
 def escape(value: Any) -> Any:
-    """A text, a prompt, messages or anything made of them, with its handles turned into text."""
+    """A text, a prompt, messages or anything made of them, with its handles turned into text.
+
+    Documents stay: theirs are what a retriever found, not what a user said.
+    """
     if isinstance(value, str):
         return escape_handles(value)
     if isinstance(value, StringPromptValue):
@@ -28,12 +35,25 @@ def escape(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: escape(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(escape(item) for item in value)
+        items = map(escape, value)
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)
+    if isinstance(value, BaseModel) and not isinstance(value, Document):
+        return value.model_copy(update=_changes(value, [*type(value).model_fields, *(value.model_extra or ())]))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        changes = _changes(value, [field.name for field in dataclasses.fields(value) if field.init])
+        return dataclasses.replace(value, **changes) if changes else value
     return value
 
 
+def _changes(value: object, names: Iterable[str]) -> dict[str, Any]:
+    """The fields that escaping changes."""
+    fields = ((name, getattr(value, name)) for name in names)
+    return {name: escaped for name, field in fields if (escaped := escape(field)) is not field}
+
+
 escape_input: Runnable[Any, Any] = RunnableLambda(escape, name="escape_input")
-"""A step at the entrance of a chain: handles in the user's text, messages or dict of them become text.
+"""A step at the entrance of a chain: handles in the user's text, messages, or a dict, model or dataclass of them,
+become text.
 
 A handle that nobody handed out is refused without it too. With it the chain answers instead of raising, and one that a
 user was shown and copied is text as well."""

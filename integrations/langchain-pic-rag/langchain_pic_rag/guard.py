@@ -15,6 +15,7 @@ from langchain_core.language_models import BaseLanguageModel
 from langchain_core.messages import BaseMessage
 from langchain_core.runnables import RunnableParallel, RunnableSequence, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.configurable import RunnableConfigurableAlternatives, RunnableConfigurableFields
 from langchain_core.tracers.context import register_configure_hook
 
 from langchain_pic_rag.texts import content_handles
@@ -29,10 +30,11 @@ _WATCHED_HANDLES = 200_000  # about 40 MB
 def reads_handles(llm: object) -> bool:
     """Whether an LLM, or a chain that ends in one, can be given handles.
 
-    True for `ChatPIC`, also behind `bind`, `with_retry`, `with_config` and `with_fallbacks` (all of them must), and for
-    a sequence with `PICRestore` or `ChatPIC` before any other LLM; a parallel step must do so in every branch that has
-    one. Another class says so with `reads_handles: ClassVar[bool] = True`; the guard finds it only at the top of its
-    module. What stands behind a lambda cannot be seen: that is False.
+    True for `ChatPIC`, also behind `bind`, `with_retry`, `with_config`, `configurable_fields`, `with_fallbacks` and
+    `configurable_alternatives` (all of them must), and for a sequence with `PICRestore` or `ChatPIC` before any other
+    LLM; a parallel step must do so in every branch that has one. Another class says so with `reads_handles:
+    ClassVar[bool] = True`; the guard finds it only at the top of its module. What stands behind a lambda cannot be
+    seen: that is False.
     """
     return _reads(llm) is True
 
@@ -43,9 +45,12 @@ def _reads(step: object) -> bool | None:
         return _reads(step.bound)
     if isinstance(step, RunnableSequence):
         return next((kind for kind in map(_reads, step.steps) if kind is not None), None)
+    if isinstance(step, RunnableConfigurableFields):
+        return _reads(step.default)
     if isinstance(step, RunnableWithFallbacks):
-        kinds = {_reads(option) for option in (step.runnable, *step.fallbacks)}
-        return next(iter(kinds)) if len(kinds) == 1 else False
+        return _all_read(step.runnables)
+    if isinstance(step, RunnableConfigurableAlternatives):
+        return _all_read([step.default, *step.alternatives.values()])
     if isinstance(step, RunnableParallel):
         kinds = {_reads(part) for part in step.steps__.values()} - {None}
         return all(kinds) if kinds else None
@@ -55,6 +60,12 @@ def _reads(step: object) -> bool | None:
     if field is not None and isinstance(step, type):
         return field.default is True
     return False if isinstance(step, BaseLanguageModel) else None
+
+
+def _all_read(options: Iterable[object]) -> bool | None:
+    """As `_reads`, of steps of which any one may run."""
+    kinds = set(map(_reads, options))
+    return next(iter(kinds)) if len(kinds) == 1 else False
 
 
 class HandleGuard(BaseCallbackHandler):

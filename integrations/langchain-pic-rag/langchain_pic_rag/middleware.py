@@ -14,8 +14,9 @@ from langchain_core.messages import AnyMessage, ToolMessage
 from langchain_pic_rag.compressor import PICCompressor
 from langchain_pic_rag.escaping import escape
 from langchain_pic_rag.guard import reads_handles
+from langchain_pic_rag.metadata import is_compressed
 from langchain_pic_rag.restoring import PICRestore
-from langchain_pic_rag.texts import content_handles, map_content
+from langchain_pic_rag.texts import content_handles, join_texts, map_content
 from pic_rag import HandleSigner, find_handles
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,8 @@ class PICMiddleware(AgentMiddleware):
     and in tool messages left alone, handles are escaped, also signed ones: only `handle_tools` are trusted to write
     them. Theirs stay handles in the state, and this middleware's model reads them at any age, so that a conversation
     can be resumed after days. Another model that is given the state, as by a summarising middleware, reads them as long
-    as any handle: today and tomorrow.
+    as any handle: today and tomorrow. The system message is the application's: handles in it, such as those of
+    documents that a `dynamic_prompt` retrieved, are read as in any prompt.
 
     Args:
         compressor: None: `PICCompressor()`.
@@ -63,32 +65,31 @@ class PICMiddleware(AgentMiddleware):
 
         Raises:
             ValueError: the model cannot read handles and `fallback` is "error", or a tool that is not one of
-                `handle_tools` answers with nothing but handles.
+                `handle_tools` answers with nothing but handles, or with compressed documents as its artifact.
         """
-        return handler(request.override(messages=self._prepare(request)))
+        return handler(self._prepare(request))
 
     async def awrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], Awaitable[ModelResponse[Any]]]
     ) -> ModelResponse[Any]:
         """`wrap_model_call`, compressing in a thread of its own."""
-        messages = await asyncio.to_thread(self._prepare, request)
-        return await handler(request.override(messages=messages))
+        return await handler(await asyncio.to_thread(self._prepare, request))
 
-    def _prepare(self, request: ModelRequest[Any]) -> list[AnyMessage]:
+    def _prepare(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
         signer = self.compressor.signer
         messages = [self._admit(message, signer) for message in request.messages]
         if not reads_handles(request.model):
-            return self._as_text(messages, request.model)
+            return self._as_text(request.override(messages=messages))
         for number, message in enumerate(request.messages):
             if self._compresses(message):  # each alone: the first of several, as `top_n` and ratios by rank have it
-                [made] = self.compressor.compress_documents([Document(page_content=str(message.text))], "")
+                [made] = self.compressor.compress_documents([Document(page_content=join_texts(message.content))], "")
                 messages[number] = messages[number].model_copy(update={"content": made.page_content})
-        return messages
+        return request.override(messages=messages)
 
-    def _as_text(self, messages: list[AnyMessage], model: object) -> list[AnyMessage]:
+    def _as_text(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
         if self.fallback == "error":
             raise ValueError(
-                f"model must read handles, as ChatPIC does, got {type(model).__name__}. Use ChatPIC, or "
+                f"model must read handles, as ChatPIC does, got {type(request.model).__name__}. Use ChatPIC, or "
                 "PICMiddleware(fallback='text') to give it the original text."
             )
         restore = PICRestore(
@@ -96,7 +97,12 @@ class PICMiddleware(AgentMiddleware):
             namespace=self.compressor.namespace,
             cache_folder=self.compressor.cache_folder,
         )
-        return [restore.invoke(message) if self._is_trusted(message) else message for message in messages]
+        return request.override(
+            system_message=request.system_message and restore.invoke(request.system_message),
+            messages=[
+                restore.invoke(message) if self._is_trusted(message) else message for message in request.messages
+            ],
+        )
 
     def _admit(self, message: AnyMessage, signer: HandleSigner) -> AnyMessage:
         """The message with the handles that may be read: those of trusted tools, signed anew, and no others."""
@@ -105,7 +111,7 @@ class PICMiddleware(AgentMiddleware):
         signed = [handle for handle in content_handles(message) if signer.verify(handle, any_age=True)]
         if signed and isinstance(message, ToolMessage):
             remedy = "Add its name, or give that tool a retriever that does not compress."
-            if _is_handles_alone(message):
+            if _is_handles_alone(message) or _holds_document(message.artifact, signed):
                 raise ValueError(
                     f"handle_tools must name each tool that answers with handles, got one from {message.name!r}: "
                     f"{signed[0]}. {remedy}"
@@ -117,7 +123,7 @@ class PICMiddleware(AgentMiddleware):
         if not isinstance(message, ToolMessage) or self._is_trusted(message):
             return False
         named = self.compressed_tools is None or message.name in self.compressed_tools
-        return named and len(message.text) >= self.min_characters and _is_text(message)
+        return named and len(join_texts(message.content)) >= self.min_characters and _is_text(message)
 
     def _is_trusted(self, message: AnyMessage) -> bool:
         return isinstance(message, ToolMessage) and message.name in self.handle_tools
@@ -132,10 +138,19 @@ def _renew(text: str, signer: HandleSigner) -> str:
 
 def _is_handles_alone(message: ToolMessage) -> bool:
     """As a retriever of compressed documents answers; beside other text a handle may be what somebody typed."""
-    text = str(message.text)
+    text = join_texts(message.content)
     for handle in find_handles(text):
         text = text.replace(handle, "")
     return not text.strip()
+
+
+def _holds_document(artifact: Any, handles: Sequence[str]) -> bool:
+    """Whether it holds the document of one of these handles: the tool retrieved it and wrote something around it."""
+    documents = artifact if isinstance(artifact, (list, tuple)) else [artifact]
+    return any(
+        isinstance(document, Document) and is_compressed(document) and document.page_content in handles
+        for document in documents
+    )
 
 
 def _is_text(message: ToolMessage) -> bool:

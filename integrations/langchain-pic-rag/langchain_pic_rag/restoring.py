@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 from langchain_core.documents import Document
-from langchain_core.messages import BaseMessage
+from langchain_core.messages import BaseMessage, convert_to_messages
 from langchain_core.prompt_values import ChatPromptValue, PromptValue, StringPromptValue
 from langchain_core.runnables import RunnableConfig, RunnableSerializable
 
@@ -74,8 +74,9 @@ def _stored_text(signed: str, sources: SourceTexts, signer: HandleSigner, any_ag
 class PICRestore(StoreSettings, RunnableSerializable[Any, Any]):
     """A step before an LLM that reads no memories: puts the source texts back in place of their handles.
 
-    Takes a prompt as a chat model takes it (a prompt value, messages or a string) or documents, and returns the same
-    kind. It loads no model. Handle syntax inside a source text comes back escaped.
+    Takes a prompt as a chat model takes it (a prompt value, a string, or messages, also as `("user", "text")` or dicts
+    with a role) or documents, and returns the same kind. It loads no model. Handle syntax inside a source text comes
+    back escaped.
     """
 
     reads_handles: ClassVar[bool] = True
@@ -101,12 +102,10 @@ class PICRestore(StoreSettings, RunnableSerializable[Any, Any]):
             document = restore_document(value, self.sources, self.signer)
             return document.model_copy(update={"page_content": escape_handles(document.page_content)})
         if isinstance(value, (list, tuple)):
-            messages = bool(value) and all(isinstance(item, BaseMessage) for item in value)
-            return self._restore_messages(value) if messages else [self._restore(item) for item in value]
-        raise TypeError(
-            f"input must be a prompt, messages, text or documents, got {type(value).__name__}. "
-            "Put PICRestore between the prompt and the LLM."
-        )
+            if all(isinstance(item, (str, Document)) for item in value):
+                return [self._restore(item) for item in value]
+            return self._restore_messages(_messages(value))
+        raise _wrong_input(value)
 
     def _restore_messages(self, messages: Sequence[BaseMessage]) -> list[BaseMessage]:
         restored = self._restore_prompt([{"role": each.type, "content": each.content} for each in messages])
@@ -118,3 +117,17 @@ class PICRestore(StoreSettings, RunnableSerializable[Any, Any]):
     def _restore_prompt(self, prompt: Any) -> Any:
         read, handles = self.signer.unsign(prompt)
         return pic_rag.restore(read, self.sources.get(handles))
+
+
+def _messages(value: Sequence[Any]) -> list[BaseMessage]:
+    try:
+        return convert_to_messages(value)
+    except NotImplementedError:
+        raise _wrong_input(value) from None
+
+
+def _wrong_input(value: Any) -> TypeError:
+    return TypeError(
+        f"input must be a prompt, messages, text or documents, got {value!r:.80}. "
+        "Put PICRestore between the prompt and the LLM."
+    )

@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from langchain_core.callbacks import AsyncCallbackManagerForRetrieverRun, CallbackManagerForRetrieverRun
 from langchain_core.documents import Document
-from langchain_core.retrievers import BaseRetriever
+from langchain_core.retrievers import BaseRetriever, RetrieverLike
+from langchain_core.runnables import RunnableConfig, RunnableWithFallbacks
+from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.configurable import RunnableConfigurableFields
 from langchain_core.vectorstores import VectorStoreRetriever
 from pydantic import ConfigDict, Field
 
@@ -25,13 +28,14 @@ else:
 class PICRetriever(BaseRetriever):
     """Retrieves documents and compresses them: each comes back with a handle in place of its text.
 
-    `ContextualCompressionRetriever` does the same; this one needs no `langchain-classic` and has `k`.
+    `ContextualCompressionRetriever` does the same; this one needs no `langchain-classic` and has `k`. All other
+    arguments of a call go to the base retriever.
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
-    base_retriever: BaseRetriever
-    """Finds the documents."""
+    base_retriever: RetrieverLike
+    """Finds the documents: a retriever, or any runnable that takes a query and returns documents."""
 
     base_compressor: PICCompressor = Field(default_factory=PICCompressor)
     """Compresses them."""
@@ -40,31 +44,47 @@ class PICRetriever(BaseRetriever):
     """Documents to return at most; None: as many as the base retriever finds. `invoke(query, k=...)` overrides it."""
 
     def _get_relevant_documents(
-        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None
+        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
     ) -> list[Document]:
         refuse_handles(query)
         k = self.k if k is None else k
-        found = self.base_retriever.invoke(query, {"callbacks": run_manager.get_child()}, **self._limit(k))
+        config: RunnableConfig = {"callbacks": run_manager.get_child()}
+        limit = _limit(self.base_retriever, "_get_relevant_documents", k)
+        found = self.base_retriever.invoke(query, config, **limit, **kwargs)
         kept = found[:k]
         return list(self.base_compressor.compress_documents(kept, query, callbacks=run_manager.get_child()))
 
     async def _aget_relevant_documents(
-        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None
+        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
     ) -> list[Document]:
         refuse_handles(query)
         k = self.k if k is None else k
-        found = await self.base_retriever.ainvoke(query, {"callbacks": run_manager.get_child()}, **self._limit(k))
+        config: RunnableConfig = {"callbacks": run_manager.get_child()}
+        limit = _limit(self.base_retriever, "_aget_relevant_documents", k)
+        found = await self.base_retriever.ainvoke(query, config, **limit, **kwargs)
         kept = found[:k]
         return list(await self.base_compressor.acompress_documents(kept, query, callbacks=run_manager.get_child()))
 
-    def _limit(self, k: int | None) -> dict[str, int]:
-        """What the base retriever is told of `k`, where that is its own number of results.
 
-        One that passes it on to others would have a reranker choose among `k` documents; it is cut afterwards.
-        """
-        own = inspect.signature(self.base_retriever._get_relevant_documents).parameters
-        takes = isinstance(self.base_retriever, VectorStoreRetriever) or "k" in own
-        return {"k": k} if takes and k is not None else {}
+def _limit(retriever: RetrieverLike, method: str, k: int | None) -> dict[str, int]:
+    """What a retriever is told of `k`, where that is its own number of results.
+
+    One that passes it on to others would have a reranker choose among `k` documents; it is cut afterwards.
+    """
+    return {"k": k} if k is not None and _takes_k(retriever, method) else {}
+
+
+def _takes_k(retriever: object, method: str) -> bool:
+    """Whether the method of a retriever has `k` by name, seen through the usual wrappers."""
+    if isinstance(retriever, RunnableBindingBase):
+        return _takes_k(retriever.bound, method)
+    if isinstance(retriever, RunnableConfigurableFields):
+        return _takes_k(retriever.default, method)
+    if isinstance(retriever, RunnableWithFallbacks):
+        return all(_takes_k(each, method) for each in retriever.runnables)
+    if isinstance(retriever, VectorStoreRetriever):
+        return True
+    return isinstance(retriever, BaseRetriever) and "k" in inspect.signature(getattr(retriever, method)).parameters
 
 
 class PassageRetriever(BaseRetriever):

@@ -39,3 +39,13 @@ class PICByteStore(ByteStore):
     def yield_keys(self, *, prefix: str | None = None) -> Iterator[str]:
         """Keys that start with the prefix, all keys without one."""
         yield from self.store.yield_keys(prefix=prefix)
+
+
+def store_name(store: MemoryStore) -> str:
+    """What tells a store from others: the same in every process, where the store says in which place it is."""
+    if isinstance(store, PICByteStore):
+        return store_name(store.store)
+    place = getattr(store, "path", None) or getattr(store, "root_path", None)
+    if type(store).__repr__ is not object.__repr__ or not isinstance(place, (str, os.PathLike)):
+        return repr(store)
+    return f"{type(store).__name__}({os.path.abspath(place)!r})"

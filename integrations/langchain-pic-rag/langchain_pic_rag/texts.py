@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from langchain_core.messages import BaseMessage
@@ -29,6 +29,22 @@ def content_handles(message: BaseMessage) -> list[str]:
 
     map_content(message, collect)
     return handles
+
+
+def join_texts(content: str | Sequence[str | Mapping[str, Any]] | None) -> str:
+    """The texts of a content, a line each, as the generator reads them; parts that are no text are left out.
+
+    `BaseMessage.text` glues them together: "12" and "5 euros" would be 125 euros.
+    """
+    if isinstance(content, str):
+        return content
+    return "\n".join(text for part in content or () if (text := _part_text(part)) is not None)
+
+
+def _part_text(part: str | Mapping[str, Any]) -> str | None:
+    if isinstance(part, str):
+        return part
+    return part["text"] if part.get("type") == "text" and isinstance(part.get("text"), str) else None
 
 
 def _map_part(part: str | dict[str, Any], change: Callable[[str], str]) -> str | dict[str, Any]:

@@ -9,15 +9,17 @@ import time
 import pytest
 from langchain_classic.chains import create_retrieval_chain
 from langchain_classic.chains.combine_documents import create_stuff_documents_chain
+from langchain_classic.storage import LocalFileStore
 from langchain_core.caches import InMemoryCache
 from langchain_core.documents import Document
 from langchain_core.messages import AIMessage, AIMessageChunk, HumanMessage, SystemMessage, ToolMessage
 from langchain_core.output_parsers import StrOutputParser
 from langchain_core.prompts import ChatPromptTemplate
 from langchain_core.runnables import RunnablePassthrough
+from langchain_core.stores import InMemoryByteStore
 from langchain_core.tools import create_retriever_tool, tool
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
-from langchain_pic_rag import ChatPIC, PICCompressor, PICRetriever, escape_input
+from langchain_pic_rag import ChatPIC, PICByteStore, PICCompressor, PICRetriever, escape_input
 from langchain_pic_rag.messages import tool_chunk
 from langchain_pic_rag.tools import format_calls, parse_calls, tool_instructions
 
@@ -164,6 +166,27 @@ def test_content_that_is_no_text_is_refused(chat):
         chat.invoke([HumanMessage([image])])
 
 
+@pytest.mark.parametrize(
+    "block",
+    [
+        {"type": "reasoning", "reasoning": "Amsel is an island."},
+        {"type": "thinking", "thinking": "Amsel is an island.", "signature": "x"},
+        {"type": "redacted_thinking", "data": "x"},
+        {"type": "reasoning_content", "reasoning_content": {"text": "Amsel is an island."}},
+    ],
+    ids=lambda block: block["type"],
+)
+def test_what_another_model_reasoned_is_left_out_of_its_messages(chat, block):
+    def ask(content):
+        return chat.invoke([HumanMessage("Who?"), AIMessage(content), HumanMessage("When?")])
+
+    answer, alone = ask([block, {"type": "text", "text": "Ida."}]), ask([block])
+    assert answer.usage_metadata == ask("Ida.").usage_metadata
+    assert alone.usage_metadata == ask("").usage_metadata
+    with pytest.raises(ValueError, match="content"):
+        chat.invoke([HumanMessage([block])])
+
+
 def test_a_handle_that_this_namespace_does_not_hold_raises_by_name(chat, handles):
     foreign = "[[pic:" + "0" * 32 + "]]"
     with pytest.raises(UnknownHandleError, match="0" * 32):
@@ -300,6 +323,18 @@ def test_the_llm_cache_answers_again_and_never_for_another_ratio_checkpoint_or_n
 def test_all_that_an_answer_depends_on_is_in_the_key_of_the_llm_cache(chat, change):
     assert chat.model_copy()._get_llm_string() == chat._get_llm_string()
     assert chat.model_copy(update=change)._get_llm_string() != chat._get_llm_string()
+
+
+def test_a_store_of_files_has_the_same_key_of_the_llm_cache_in_every_process(chat, tmp_path):
+    def key(store):
+        return chat.model_copy(update={"store": store})._get_llm_string()
+
+    assert key(LocalFileStore(tmp_path)) == key(LocalFileStore(tmp_path)) != key(LocalFileStore(tmp_path / "other"))
+    wrapped, same = PICByteStore(LocalFileStore(tmp_path)), PICByteStore(LocalFileStore(tmp_path))
+    assert key(wrapped) == key(same)
+    assert key(PICByteStore(tmp_path / "a.sqlite")) == key(SQLiteStore(tmp_path / "a.sqlite"))
+    stores = [InMemoryByteStore(), InMemoryByteStore()]
+    assert len({key(store) for store in stores} | {key(PICByteStore(store)) for store in stores}) == 2
 
 
 def test_a_compressor_and_a_generator_that_do_not_belong_together_are_refused(tiny_compressor, tiny_generator):

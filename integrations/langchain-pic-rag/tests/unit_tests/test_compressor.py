@@ -7,6 +7,7 @@ import json
 import pickle
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from langchain_classic.retrievers import ContextualCompressionRetriever
@@ -16,7 +17,9 @@ from langchain_core.documents import Document
 from langchain_core.embeddings import DeterministicFakeEmbedding
 from langchain_core.language_models import FakeListChatModel
 from langchain_core.load import dumpd, load
+from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
 from langchain_core.retrievers import BaseRetriever
+from langchain_core.runnables import ConfigurableField, RunnableLambda
 from langchain_core.stores import InMemoryByteStore
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from langchain_core.vectorstores import InMemoryVectorStore
@@ -252,11 +255,77 @@ def test_k_cuts_what_is_found_and_reaches_only_a_retriever_whose_own_number_it_i
         (one, store.similarity_search("q", k=3)),
         (Passing(base=store.as_retriever(search_kwargs={"k": 4})), store.similarity_search("q", k=4)[::-1][:3]),
         (Filtering(found=documents), documents[:3]),
+        (SearchingInThread(found=documents), documents[:3]),
     ):
         made = PICRetriever(base_compressor=compressor, base_retriever=retriever, k=3)
         for shown in (made.invoke("q"), asyncio.run(made.ainvoke("q"))):
             restored = restore_documents(shown, store=compressor.store)
             assert [document.page_content for document in restored] == [each.page_content for each in expected]
+
+
+class Searching(BaseRetriever):
+    """Has a number of its own and keeps what it was asked."""
+
+    found: list
+    asked: Any
+
+    def _get_relevant_documents(self, query, *, run_manager, k=4, kind=None):
+        self.asked.append((k, kind))
+        return self.found[:k]
+
+    async def _aget_relevant_documents(self, query, *, run_manager, k=4, kind=None):
+        return self._get_relevant_documents(query, run_manager=run_manager, k=k, kind=kind)
+
+
+class SearchingInThread(BaseRetriever):
+    """Has a number of its own, and of LangChain the asynchronous call, which has none."""
+
+    found: list
+
+    def _get_relevant_documents(self, query, *, run_manager, k=4):
+        return self.found[:k]
+
+
+def wrapped(retriever):
+    return {
+        "itself": retriever,
+        "bind": retriever.bind(k=1),
+        "retry": retriever.with_retry(),
+        "config": retriever.with_config(tags=["t"]),
+        "fallbacks": retriever.with_fallbacks([retriever]),
+        "fields": retriever.configurable_fields(found=ConfigurableField(id="found")),
+        "sequence": RunnableLambda(str.strip) | retriever,
+        "lambda": RunnableLambda(retriever.invoke),
+    }
+
+
+@pytest.mark.parametrize("way", wrapped(Searching(found=[], asked=[])))
+def test_a_retriever_may_be_any_runnable_and_k_reaches_it_through_the_usual_wrappers(compressor, documents, way):
+    asked = []
+    base = wrapped(Searching(found=documents, asked=asked))[way]
+    made = PICRetriever(base_retriever=base, base_compressor=compressor, k=2)
+    for shown in (made.invoke("q"), asyncio.run(made.ainvoke("q"))):
+        restored = restore_documents(shown, store=compressor.store)
+        assert [document.page_content for document in restored] == [each.page_content for each in documents[:2]]
+    assert asked == [(4 if way in ("sequence", "lambda") else 2, None)] * 2
+
+
+def test_k_reaches_fallbacks_only_if_it_is_the_own_number_of_each(compressor, documents):
+    asked = []
+    reranking = Passing(base=Searching(found=documents, asked=asked))
+    base = reranking.with_fallbacks([Searching(found=documents, asked=asked)])
+    PICRetriever(base_retriever=base, base_compressor=compressor, k=2).invoke("q")
+    assert asked == [(4, None)]
+
+
+@pytest.mark.parametrize("way", ["itself", "retry"])
+def test_all_other_arguments_of_a_call_go_to_the_base_retriever(compressor, documents, way):
+    asked = []
+    base = wrapped(Searching(found=documents, asked=asked))[way]
+    made = PICRetriever(base_retriever=base, base_compressor=compressor)
+    made.invoke("q", kind="page")
+    asyncio.run(made.ainvoke("q", kind="page", k=1))
+    assert asked == [(4, "page"), (1, "page")]
 
 
 def test_ratios_go_to_documents_by_their_rank(compressor, documents):
@@ -325,7 +394,6 @@ def test_fallback_text_comes_with_its_handle_syntax_escaped(compressor):
 
 
 def test_restore_puts_the_text_into_any_kind_of_prompt(compressor, documents):
-    from langchain_core.messages import HumanMessage, ToolMessage
     from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
 
     handle, other, *_ = (document.page_content for document in compressor.compress_documents(documents, "q"))
@@ -346,3 +414,28 @@ def test_restore_puts_the_text_into_any_kind_of_prompt(compressor, documents):
         restore.invoke([ToolMessage(handle, tool_call_id="1"), HumanMessage(f"What is {other}?")])
     with pytest.raises(UnknownHandleError):
         PICRestore(store=compressor.store, namespace="other").invoke(handle)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda handle: [("system", f"Use {handle}."), ("user", "Who?")],
+        lambda handle: [{"role": "system", "content": f"Use {handle}."}, {"role": "user", "content": "Who?"}],
+        lambda handle: [SystemMessage(f"Use {handle}."), "Who?"],
+    ],
+)
+def test_restore_takes_messages_in_every_form_that_a_chat_model_takes(compressor, documents, write):
+    handle = compressor.compress_documents(documents, "q")[0].page_content
+    expected = [SystemMessage(f"Use {documents[0].page_content}."), HumanMessage("Who?")]
+    assert PICRestore(store=compressor.store).invoke(write(handle)) == expected
+
+
+def test_restore_keeps_texts_and_documents_and_refuses_what_is_no_prompt(compressor, documents):
+    compressed = compressor.compress_documents(documents, "q")
+    restore = PICRestore(store=compressor.store)
+    assert restore.invoke([compressed[0].page_content, "Who?"]) == [documents[0].page_content, "Who?"]
+    assert restore.invoke(compressed) == documents
+    assert restore.invoke([]) == []
+    for wrong in (3, [3], [compressed[0], HumanMessage("Who?")]):
+        with pytest.raises(TypeError, match="input must be a prompt, messages, text or documents, got"):
+            restore.invoke(wrong)

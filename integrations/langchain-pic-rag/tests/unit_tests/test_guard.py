@@ -10,7 +10,7 @@ from typing import ClassVar
 import pytest
 from langchain_core.language_models import FakeListChatModel, FakeListLLM
 from langchain_core.prompts import ChatPromptTemplate, PromptTemplate
-from langchain_core.runnables import RunnableLambda, RunnableParallel, RunnablePassthrough
+from langchain_core.runnables import ConfigurableField, RunnableLambda, RunnableParallel, RunnablePassthrough
 from langchain_pic_rag import (
     ChatPIC,
     HandleGuard,
@@ -35,6 +35,8 @@ def test_who_reads_handles_is_seen_through_the_usual_wrappers(chat, store):
         chat.with_retry(),
         chat.with_config(tags=["t"]),
         chat.with_fallbacks([chat]),
+        chat.configurable_fields(seed=ConfigurableField(id="seed")),
+        chat.configurable_alternatives(ConfigurableField(id="m"), default_key="pic", other=chat.bind(stop=["x"])),
         restore | PLAIN,
         ChatPromptTemplate.from_template("{x}") | chat,
         chat.with_structured_output({"title": "A", "description": "A.", "type": "object"}, include_raw=True),
@@ -43,6 +45,9 @@ def test_who_reads_handles_is_seen_through_the_usual_wrappers(chat, store):
         PLAIN,
         PLAIN.bind(stop=["x"]),
         chat.with_fallbacks([PLAIN]),
+        chat.configurable_alternatives(ConfigurableField(id="m"), default_key="pic", other=PLAIN),
+        chat.configurable_alternatives(ConfigurableField(id="m"), default_key="pic", other=lambda: chat),
+        PLAIN.configurable_fields(sleep=ConfigurableField(id="sleep")) | chat,
         PLAIN | restore,
         PLAIN.bind(stop=["x"]) | chat,
         RunnableParallel(one=chat, other=PLAIN),

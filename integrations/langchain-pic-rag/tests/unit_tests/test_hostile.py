@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pytest
 from langchain_classic.chains import create_history_aware_retriever, create_retrieval_chain
@@ -13,6 +15,7 @@ from langchain_core.prompts import ChatPromptTemplate, MessagesPlaceholder
 from langchain_core.retrievers import BaseRetriever
 from langchain_core.runnables import RunnableLambda, RunnablePassthrough
 from langchain_pic_rag import PICCompressor, PICRestore, PICRetriever, escape_input, restore_documents
+from pydantic import BaseModel, ConfigDict
 
 from pic_rag import UnknownHandleError, escape_handles, find_handles
 
@@ -207,3 +210,49 @@ def test_the_restored_prompt_of_another_llm_holds_no_handle(compressor, shown, t
         [Document(page_content=f"see {typed}")], "q"
     )
     assert find_handles(restore.invoke(compressed.page_content)) == []
+
+
+class Pair(NamedTuple):
+    question: str
+    number: int
+
+
+class Form(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    question: str
+    earlier: list[Pair] = []
+
+
+@dataclass(frozen=True)
+class Request:
+    form: Form
+    length: int = field(init=False, default=0)
+
+
+class Asked(BaseModel):
+    question: str
+    language: str = "en"
+
+
+@dataclass
+class Kept:
+    question: str
+
+
+def test_escape_input_reaches_into_whatever_holds_what_users_say(shown):
+    typed, escaped = shown[0], escape_handles(shown[0])
+    assert escape_input.invoke(Pair(typed, 3)) == Pair(escaped, 3)
+    form = Form(question=typed, earlier=[Pair(typed, 1)], comment=typed)
+    expected = Form(question=escaped, earlier=[Pair(escaped, 1)], comment=escaped)
+    assert escape_input.invoke(form) == expected
+    assert escape_input.invoke({"request": Request(form)}) == {"request": Request(expected)}
+    assert form.question == typed
+
+
+def test_escape_input_leaves_documents_and_what_holds_no_handle(compressor, documents):
+    compressed = compressor.compress_documents(documents, "q")
+    assert escape_input.invoke({"context": compressed, "question": "Who?"})["context"] == compressed
+    assert escape_input.invoke(Asked(question="Who?")).model_dump(exclude_unset=True) == {"question": "Who?"}
+    kept = Kept("Who?")
+    assert escape_input.invoke({"kept": kept})["kept"] is kept

@@ -208,3 +208,61 @@ def test_the_middleware_compresses_only_long_text_of_the_named_tools(compressor)
     ]
     assert [middleware._compresses(message) for message in messages] == [True, False, False, False]
     assert compressor.compress_documents([Document(page_content=REPORT)], "")
+
+
+def test_blocks_of_a_tool_message_are_compressed_as_the_model_would_read_them_uncompressed(calling, compressor):
+    from langchain_pic_rag import PICMiddleware
+
+    blocks = [{"type": "text", "text": "12"}, {"type": "text", "text": "5 euros. " * 60}]
+
+    @tool
+    def search(query: str) -> list:
+        """Search the archive."""
+        return blocks
+
+    run(agents.create_agent(calling, [search], middleware=[PICMiddleware(compressor)]), "How much?", "sync")
+    assert list(compressor.sources.get([compressor.get_compressor().handle(f"12\n{'5 euros. ' * 60}")]))
+
+
+@pytest.mark.parametrize("artifact", [list, lambda documents: documents[0]])
+def test_a_tool_that_writes_around_the_documents_of_its_artifact_has_to_be_named(
+    calling, compressor, base_retriever, artifact
+):
+    """As the retriever tool of LangChain's tutorials does."""
+    from langchain_pic_rag import PICMiddleware
+
+    retriever = PICRetriever(base_retriever=base_retriever, base_compressor=compressor)
+
+    @tool(response_format="content_and_artifact")
+    def search(query: str):
+        """Search the island."""
+        found = retriever.invoke(query)
+        written = "\n\n".join(f"Source: {each.metadata}\nContent: {each.page_content}" for each in found)
+        return written, artifact(found)
+
+    agent = agents.create_agent(calling, [search], middleware=[PICMiddleware(compressor)])
+    with pytest.raises(ValueError, match="handle_tools must name each tool .* got one from 'search'"):
+        run(agent, "?", "sync")
+    named = agents.create_agent(calling, [search], middleware=[PICMiddleware(compressor, handle_tools=["search"])])
+    assert run(named, "?", "sync")[-1].usage_metadata["input_token_details"]["memory"] > 0
+
+
+@pytest.mark.parametrize("way", ["sync", "async"])
+def test_documents_in_the_system_message_are_read_or_restored(chat, compressor, base_retriever, documents, way):
+    """LangChain's two-step chain: a prompt of every call that retrieves."""
+    from langchain.agents.middleware import dynamic_prompt
+    from langchain_pic_rag import PICMiddleware
+
+    retriever = PICRetriever(base_retriever=base_retriever, base_compressor=compressor)
+
+    @dynamic_prompt
+    def with_documents(request):
+        found = retriever.invoke(request.state["messages"][-1].text)
+        return "\n\n".join(document.page_content for document in found)
+
+    middleware = [with_documents, PICMiddleware(compressor, fallback="text")]
+    messages = run(agents.create_agent(chat, [], middleware=middleware), "Who?", way)
+    assert messages[-1].usage_metadata["input_token_details"]["memory"] > 0
+    model = Recording(responses=[AIMessage("done")])
+    run(agents.create_agent(model, [], middleware=middleware), "Who?", way)
+    assert model.seen[-1][0].text == "\n\n".join(document.page_content for document in documents)
