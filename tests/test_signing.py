@@ -235,7 +235,7 @@ def test_who_names_the_handles_has_no_others_read_and_no_error(signer: HandleSig
         signer.unsign(HANDLE, only=[HANDLE])
 
 
-@pytest.mark.parametrize("cut", [20, 45, 69])
+@pytest.mark.parametrize("cut", [20, 45, 69, 70])
 def test_a_handle_that_was_cut_is_an_error_and_not_a_text_to_guess_about(signer: HandleSigner, cut: int) -> None:
     """A splitter behind the compressor, or a prompt that was shortened."""
     signed = signer.sign(HANDLE)

@@ -23,7 +23,14 @@ import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from pic_rag.handles import HANDLE_PATTERN, UnknownHandleError, escape_handles, find_handles
+from pic_rag.handles import (
+    HANDLE_PATTERN,
+    UnknownHandleError,
+    escape_handles,
+    find_handles,
+    format_handle,
+    handle_digits,
+)
 from pic_rag.prompts import map_texts
 from pic_rag.store.protocol import MemoryStore, check_store
 
@@ -45,9 +52,14 @@ _PEOPLE_REMEDY = (
     "The documents of this prompt stand in its system or tool messages, and this handle where people write. Put all "
     "documents there, or pass what users type through escape_handles."
 )
+_CUT_REMEDY = (
+    "Compress after text splitters and whatever else shortens texts, or pass what users type through escape_handles. "
+    "LlamaIndex cuts a memory that is larger than the chunks it plans: raise context_window or chunk_size_limit, or "
+    "the ratio."
+)
 _DOCUMENT_ROLES = ("system", "developer", "tool", "function")
 
-_CUT_HANDLE = re.compile(r"\[\[pic:[0-9a-f]{8,63}(?![0-9a-f\]])")  # and then something else, or nothing
+_CUT_HANDLE = re.compile(r"\[\[pic:[0-9a-f]{8,64}(?![0-9a-f\]])")  # and then something else, or nothing
 
 _making_key = threading.Lock()
 
@@ -74,10 +86,7 @@ class HandleSigner:
         Raises:
             ValueError: it is not a handle, or is signed already.
         """
-        match = HANDLE_PATTERN.fullmatch(handle)
-        if match is None or match.group(2):
-            raise ValueError(f"handle must be [[pic:<32 lowercase hex>]], got {handle!r}.")
-        return self._signed(match.group(1), _today())
+        return self._signed(handle_digits(handle), _today())
 
     def verify(self, signed: str, *, any_age: bool = False) -> str | None:
         """The handle without its signature, or None when it is not one that this namespace signed lately.
@@ -93,7 +102,7 @@ class HandleSigner:
         if not hmac.compare_digest(signed, self._signed(digits, day)):
             return None
         # A day ahead as well: clocks of two machines differ around midnight.
-        return f"[[pic:{digits}]]" if any_age or abs(_today() - day) <= 1 else None
+        return format_handle(digits) if any_age or abs(_today() - day) <= 1 else None
 
     def unsign(self, prompt: str | Messages, only: Collection[str] | None = None) -> tuple[str | Messages, list[str]]:
         """The prompt with plain handles in place of signed ones, and these handles, in order, with repeats.
@@ -127,10 +136,7 @@ class HandleSigner:
 
     def _unsign(self, text: str, only: Collection[str] | None) -> str:
         if only is None and (cut := _CUT_HANDLE.search(text)):
-            raise ValueError(
-                f"handles must be whole, got {cut.group()!r}. Compress after text splitters and whatever else shortens "
-                "texts, or pass what users type through escape_handles."
-            )
+            raise ValueError(f"handles must be whole, got {cut.group()!r}. {_CUT_REMEDY}")
         read = {handle for handle in find_handles(text) if only is None or handle in only}
         known = {signed: handle for signed in read if (handle := self.verify(signed))}
 
@@ -146,7 +152,7 @@ class HandleSigner:
     def _signed(self, digits: str, day: int) -> str:
         dated = f"{digits}{day:0{_DAY_DIGITS}x}"
         code = hmac.digest(self._key, f"{self.namespace}/{dated}".encode(), "sha256").hex()[:_CODE_DIGITS]
-        return f"[[pic:{dated}{code}]]"
+        return format_handle(dated + code)
 
     @functools.cached_property
     def _key(self) -> bytes:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 
+import llama_index.core
 import pytest
-from llama_index.core import Settings, get_response_synthesizer
+from llama_index.core import PromptHelper, Settings, get_response_synthesizer
 from llama_index.core.base.base_retriever import BaseRetriever
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.evaluation import FaithfulnessEvaluator
 from llama_index.core.llms import LLM, ChatMessage, MockLLM
 from llama_index.core.query_engine import CitationQueryEngine, CustomQueryEngine
 from llama_index.core.response_synthesizers import BaseSynthesizer, ResponseMode
-from llama_index.core.schema import MetadataMode
+from llama_index.core.schema import MetadataMode, NodeWithScore, TextNode
 from llama_index.llms.pic_rag import PICLLM
 from llama_index.postprocessor.pic_rag import PICCompressor
 
@@ -152,13 +153,51 @@ def test_evaluators_read_the_original_text(index, compressor, llm, nodes):
 
 
 def test_the_global_tokenizer_lets_a_small_window_hold_what_fits(index, compressor, recording, monkeypatch):
-    import llama_index.core
-
     monkeypatch.setattr(llama_index.core, "global_tokenizer", recording.tokenize)
     engine = index.as_query_engine(llm=recording, node_postprocessors=[compressor], similarity_top_k=4)
     engine.query("Who?")
     [prompt] = [prompt for prompt in recording.prompts if find_handles(str(prompt))]
     assert len(find_handles(str(prompt))) == 4
+
+
+REFINING = ["compact", "refine"]  # they answer "Empty Response" when the LLM raises ValueError or TypeError
+
+
+@pytest.mark.parametrize("mode", REFINING)
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("use_async", [False, True])
+def test_errors_of_the_llm_reach_who_asked(index, compressor, llm, mode, streaming, use_async, monkeypatch):
+    monkeypatch.setattr(llama_index.core, "global_tokenizer", lambda text: text.split())  # and so plans too much
+
+    def ask(llm: PICLLM, question: str) -> None:
+        settings = {"node_postprocessors": [compressor], "response_mode": mode, "streaming": streaming}
+        engine = index.as_query_engine(llm=llm, **settings)
+
+        async def consume() -> None:
+            response = await engine.aquery(question)
+            if streaming:
+                async for _ in response.async_response_gen():
+                    pass
+
+        if use_async:
+            asyncio.run(consume())
+        else:
+            str(engine.query(question))
+
+    with pytest.raises(RuntimeError, match="prompt tokens .* must be at most the generator's context of"):
+        ask(llm, "Who? " * (llm.metadata.context_window // 4))
+    with pytest.raises(RuntimeError, match="temperature must be 0 or more, got -1"):
+        ask(llm.model_copy(update={"generate_kwargs": {"temperature": -1}}), "Who?")
+
+
+@pytest.mark.parametrize("mode", REFINING)
+def test_a_memory_that_llama_index_cuts_is_an_error_that_says_what_to_do(compressor, llm, texts, mode):
+    shown = compressor.postprocess_nodes([NodeWithScore(node=TextNode(text=" ".join(texts)))])
+    for chunk_tokens in (20, 33, shown[0].metadata["pic_memory_tokens"] - 1):
+        helper = PromptHelper(context_window=2048, chunk_size_limit=chunk_tokens, tokenizer=llm.tokenize)
+        synthesizer = get_response_synthesizer(llm=llm, response_mode=mode, prompt_helper=helper)
+        with pytest.raises(RuntimeError, match="handles must be whole, .* raise context_window or chunk_size_limit"):
+            synthesizer.synthesize("Who?", shown)
 
 
 @pytest.mark.parametrize("call", ["query", "chat", "aquery", "achat", "settings"])

@@ -18,11 +18,18 @@ from llama_index.core.base.llms.types import (
     CompletionResponseGen,
     LLMMetadata,
 )
-from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, model_validator
+from llama_index.core.bridge.pydantic import ConfigDict, Field, PrivateAttr, field_validator, model_validator
 from llama_index.core.llms.callbacks import llm_chat_callback, llm_completion_callback
 from llama_index.core.llms.llm import LLM, default_completion_to_prompt
-from llama_index.llms.pic_rag.responses import as_chat, as_messages, completion, completions
-from llama_index.llms.pic_rag.streams import iterate_in_thread
+from llama_index.llms.pic_rag.responses import (
+    achats,
+    acompletions,
+    as_chat,
+    as_messages,
+    as_runtime_errors,
+    completion,
+    completions,
+)
 
 from pic_rag import HandleSigner, UnknownHandleError, find_handles, shared_checkpoint, shared_generator, shared_store
 
@@ -43,6 +50,11 @@ class PICLLM(LLM):
     A handle is read only if `PICCompressor` handed it out lately in this LLM's namespace of its store
     (`pic_rag.HandleSigner`), and if this LLM's compressor made the memory. Any other raises
     `pic_rag.UnknownHandleError`, and so do handles in what people say when system or tool messages hold some.
+
+    Raises:
+        UnknownHandleError: when called, for such a handle.
+        RuntimeError: when called, for a prompt that does not fit the context, content that is not text, or a setting
+            that is unknown or out of range. (Refining synthesizers swallow a ValueError.)
     """
 
     model_config = ConfigDict(arbitrary_types_allowed=True, protected_namespaces=())
@@ -100,6 +112,18 @@ class PICLLM(LLM):
             )
         return values
 
+    @field_validator("generate_kwargs")
+    @classmethod
+    def _check_generate_kwargs(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Names only: ranges are checked at the first call, by what loads torch."""
+        return _check_settings(settings)
+
+    @model_validator(mode="after")
+    def _check_pair(self) -> PICLLM:
+        if self.compressor is not None and self.generator is not None:
+            self.generator.check_reads(self.get_checkpoint().generator.id)
+        return self
+
     def __getstate__(self) -> dict[str, Any]:
         """LlamaIndex deletes what cannot be pickled, here as well, and the copy would load another one in its place."""
         given = {name: getattr(self, name) for name in ("generator", "compressor", "store")}
@@ -142,6 +166,8 @@ class PICLLM(LLM):
     def get_generator(self) -> BaseGenerator:
         """The model that answers: the one given, or one that all components with the same settings share."""
         if self.generator is not None:
+            if self.compressor is None:
+                self.generator.check_reads(self.get_checkpoint().generator.id)
             return self.generator
         return shared_generator(
             self.get_checkpoint(), self.generator_name, device=self.device, dtype=self.dtype, **self.model_kwargs
@@ -183,17 +209,17 @@ class PICLLM(LLM):
     @llm_completion_callback()
     def complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponse:
         """Answer a prompt. One that is not `formatted` goes through the chat template, as a user's message."""
-        return self._answer(self._from_text(prompt, formatted), kwargs)
+        return self._answer(lambda: self._from_text(prompt, formatted), kwargs)
 
     @llm_completion_callback()
     def stream_complete(self, prompt: str, formatted: bool = False, **kwargs: Any) -> CompletionResponseGen:
         """Answer a prompt piece by piece."""
-        return self._stream(self._from_text(prompt, formatted), kwargs)
+        return self._stream(lambda: self._from_text(prompt, formatted), kwargs)
 
     @llm_chat_callback()
     def chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
         """Answer a conversation; handles may stand in messages of every role."""
-        return as_chat(self._answer(self._from_messages(messages), kwargs))
+        return as_chat(self._answer(lambda: self._from_messages(messages), kwargs))
 
     @llm_chat_callback()
     def stream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseGen:
@@ -212,9 +238,8 @@ class PICLLM(LLM):
         formatted: bool = False,
         **kwargs: Any,
     ) -> CompletionResponseAsyncGen:
-        """As `stream_complete`, in a thread."""
-        stream = await asyncio.to_thread(lambda: self._stream(self._from_text(prompt, formatted), kwargs))
-        return iterate_in_thread(stream)
+        """As `stream_complete`, without blocking the event loop; a consumer that stops asking stops the model."""
+        return await self._astream(lambda: self._from_text(prompt, formatted), kwargs)
 
     @llm_chat_callback()
     async def achat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponse:
@@ -223,37 +248,48 @@ class PICLLM(LLM):
 
     @llm_chat_callback()
     async def astream_chat(self, messages: Sequence[ChatMessage], **kwargs: Any) -> ChatResponseAsyncGen:
-        """As `stream_chat`, in a thread."""
-        return iterate_in_thread(await asyncio.to_thread(self._stream_chat, messages, kwargs))
+        """As `stream_chat`, without blocking the event loop; a consumer that stops asking stops the model."""
+        return achats(await self._astream(lambda: self._from_messages(messages), kwargs))
 
-    def _answer(self, prompt: Prompt, settings: dict[str, Any]) -> CompletionResponse:
-        generations: list[Generation] = self.get_generator().generate(*self._read(prompt), **self._settings(settings))
+    def _answer(self, make_prompt: Callable[[], Prompt], settings: dict[str, Any]) -> CompletionResponse:
+        with as_runtime_errors():
+            generator, read, memories = self._prepare(make_prompt)
+            generations: list[Generation] = generator.generate(read, memories, **self._settings(settings))
         return completion(generations[0])
 
     async def _aanswer(self, make_prompt: Callable[[], Prompt], settings: dict[str, Any]) -> CompletionResponse:
-        generator, read, memories = await asyncio.to_thread(
-            lambda: (self.get_generator(), *self._read(make_prompt()))  # a model to load, a store to read
-        )
-        generations: list[Generation] = await generator.agenerate(read, memories, **self._settings(settings))
+        with as_runtime_errors():
+            generator, read, memories = await asyncio.to_thread(self._prepare, make_prompt)
+            generations: list[Generation] = await generator.agenerate(read, memories, **self._settings(settings))
         return completion(generations[0])
 
-    def _stream(self, prompt: Prompt, settings: dict[str, Any]) -> ResponseStream[CompletionResponse, None, None]:
+    async def _astream(self, make_prompt: Callable[[], Prompt], settings: dict[str, Any]) -> CompletionResponseAsyncGen:
         """Checks the prompt now, decodes when the first piece is asked for."""
-        return completions(self.get_generator().stream(*self._read(prompt), **self._settings(settings)))
+        with as_runtime_errors():
+            generator, read, memories = await asyncio.to_thread(self._prepare, make_prompt)
+            return acompletions(generator.astream(read, memories, **self._settings(settings)))
+
+    def _prepare(self, make_prompt: Callable[[], Prompt]) -> tuple[BaseGenerator, Prompt, list[Memory]]:
+        """What blocks: a model to load, a store to read."""
+        return self.get_generator(), *self._read(make_prompt())
+
+    def _stream(
+        self, make_prompt: Callable[[], Prompt], settings: dict[str, Any]
+    ) -> ResponseStream[CompletionResponse, None, None]:
+        """Checks the prompt now, decodes when the first piece is asked for."""
+        with as_runtime_errors():
+            generator, read, memories = self._prepare(make_prompt)
+            return completions(generator.stream(read, memories, **self._settings(settings)))
 
     def _stream_chat(
         self, messages: Sequence[ChatMessage], settings: dict[str, Any]
     ) -> ResponseStream[ChatResponse, None, None]:
-        stream = self._stream(self._from_messages(messages), settings)
+        stream = self._stream(lambda: self._from_messages(messages), settings)
         return (as_chat(response) for response in stream)
 
     def _settings(self, settings: dict[str, Any]) -> dict[str, Any]:
         given = {**self.generate_kwargs, **{name: value for name, value in settings.items() if value is not None}}
-        if unknown := given.keys() - set(_SETTINGS):
-            raise TypeError(
-                f"{min(unknown)} must be one of {', '.join(_SETTINGS)}, got {given[min(unknown)]!r}. PICLLM has no "
-                "such setting of a call: leave it out."
-            )
+        _check_settings(given)
         if isinstance(given.get("stop"), str):
             given["stop"] = (given["stop"],)
         return {"max_new_tokens": self.max_new_tokens, **given}
@@ -305,3 +341,12 @@ class PICLLM(LLM):
                 return None
             self._memory_tokens[signed] = memory.memory_tokens
         return self._memory_tokens[signed]
+
+
+def _check_settings(given: dict[str, Any]) -> dict[str, Any]:
+    if unknown := given.keys() - set(_SETTINGS):
+        raise ValueError(
+            f"{min(unknown)} must be one of {', '.join(_SETTINGS)}, got {given[min(unknown)]!r}. PICLLM has no such "
+            "setting of a call: leave it out."
+        )
+    return given

@@ -1,15 +1,18 @@
-"""pic-rag's words in LlamaIndex's: messages in, responses out."""
+"""pic-rag's words in LlamaIndex's: messages in, responses and errors out."""
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from collections.abc import Generator as ResponseStream
-from collections.abc import Sequence
+from contextlib import aclosing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from llama_index.core.base.llms.types import (
     ChatMessage,
     ChatResponse,
+    ChatResponseAsyncGen,
     CompletionResponse,
+    CompletionResponseAsyncGen,
     MessageRole,
     TextBlock,
 )
@@ -18,6 +21,15 @@ if TYPE_CHECKING:
     from pic_rag import Generation
 
 _ROLES = {MessageRole.CHATBOT: "assistant", MessageRole.MODEL: "assistant", MessageRole.DEVELOPER: "system"}
+
+
+@contextmanager
+def as_runtime_errors() -> Iterator[None]:
+    """The same words in an error that reaches the user: refining synthesizers swallow ValueError and TypeError."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise RuntimeError(str(error)) from error
 
 
 def as_messages(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
@@ -41,12 +53,26 @@ def completions(pieces: ResponseStream[str, None, Generation]) -> ResponseStream
     text = ""
     while True:
         try:
-            piece = next(pieces)
+            with as_runtime_errors():
+                piece = next(pieces)
         except StopIteration as end:
             yield completion(end.value).model_copy(update={"delta": "", "text": text})
             return
         text += piece
         yield CompletionResponse(text=text, delta=piece)
+
+
+async def acompletions(pieces: AsyncGenerator[str | Generation, None]) -> CompletionResponseAsyncGen:
+    """`completions` for coroutines. A consumer that stops asking ends the pieces, and with them the model."""
+    text = ""
+    with as_runtime_errors():
+        async with aclosing(pieces):
+            async for piece in pieces:
+                if isinstance(piece, str):
+                    text += piece
+                    yield CompletionResponse(text=text, delta=piece)
+                else:
+                    yield completion(piece).model_copy(update={"delta": "", "text": text})
 
 
 def as_chat(response: CompletionResponse) -> ChatResponse:
@@ -57,6 +83,13 @@ def as_chat(response: CompletionResponse) -> ChatResponse:
         raw=response.raw,
         additional_kwargs=response.additional_kwargs,
     )
+
+
+async def achats(responses: CompletionResponseAsyncGen) -> ChatResponseAsyncGen:
+    """The same answers, piece by piece, as an assistant's messages."""
+    async with aclosing(responses):
+        async for response in responses:
+            yield as_chat(response)
 
 
 def _usage(generation: Generation) -> dict[str, int]:
