@@ -233,6 +233,22 @@ def test_llmlingua_shortens_more_where_less_is_wanted(folder: Path, systems: Sys
 # The compressor's own speed, and the report
 
 
+def test_all_the_text_that_is_reported_is_compressed(systems: Systems, workload: Workload, monkeypatch) -> None:
+    compress = Compressor.compress
+    compressed = []
+
+    def count(compressor, documents, *arguments, **options):
+        made = compress(compressor, documents, *arguments, **options)
+        compressed.append(sum(memory.text_tokens for memory in made))
+        return made
+
+    monkeypatch.setattr(Compressor, "compress", count)
+    measured = measure_compression(systems.compressor, workload, (4,), 5 * 64, 1)
+    assert measured.text_tokens == 4 * 64  # an even number of segments: documents have two
+    long, short, _, documents, _ = compressed
+    assert long == documents == 4 * short == measured.text_tokens
+
+
 def test_compression_counts_padding_and_operations(systems: Systems, workload: Workload) -> None:
     measured = measure_compression(systems.compressor, workload, (4, 8), 4096, 1)
     assert measured.text_tokens == 4096

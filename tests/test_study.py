@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from accelerate import Accelerator
 
 from pic_rag.cli import main
 from pic_rag.config import PRESETS
@@ -351,16 +352,27 @@ def test_every_shipped_study_is_a_study_of_valid_runs(path, tmp_path) -> None:
         ({"measured": {"data": "q", "ratios": []}}, "ratios must hold at least one ratio, got none"),
         ({"reference": "b"}, "reference must be one of a, got 'b'"),
         ({"measured": {"data": "q", "loss_steps": 0}}, "loss_steps must be a whole number of 1 or more, got 0"),
-        ({"measured": {}}, "A study must set 'data'"),
+        ({"measured": {}}, "A study configuration must set 'data'"),
         ({"measured": None}, "measured must be a mapping with the question file as data, got None"),
-        ({"arm": {}}, "Unknown field 'arm' of a study"),
-        ({"base": None}, "A study must set 'base'"),
+        ({"arm": {}}, "Unknown study field 'arm'"),
+        ({"base": None}, "A study configuration must set 'base'"),
     ],
 )
 def test_a_study_that_breaks_a_rule_is_refused_by_name(fields, message) -> None:
     values = {"base": "smoke", "arms": {"a": None}, "measured": {"data": "q"}}
     with pytest.raises(ValueError, match=message):
         StudyConfig.from_dict({**values, **fields})
+
+
+@pytest.mark.parametrize("together", [True, False], ids=["together", "each by itself"])
+def test_a_study_under_a_launcher_is_refused(smoke, tmp_path, monkeypatch, together) -> None:
+    if together:
+        monkeypatch.setattr(Accelerator, "num_processes", 2)
+    else:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="A study must run in one process, got 2 launched .* different --arms"):
+        run_study(smoke, tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_question_without_a_document_is_refused_by_name(smoke, tmp_path) -> None:

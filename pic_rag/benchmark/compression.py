@@ -59,7 +59,7 @@ def measure_compression(
 ) -> Compression:
     """Measure a compressor on about so many text tokens, everything once in each repetition."""
     segment = compressor.config.segment_tokens
-    text_tokens = max(4, text_tokens // segment) * segment
+    text_tokens = max(2, text_tokens // (2 * segment)) * 2 * segment
     documents = [workload.document(2 * segment) for _ in range(text_tokens // (2 * segment))]
     long, short = workload.document(text_tokens), workload.document(text_tokens // 4)
     mixed = [workload.document(tokens) for tokens in _mixed(text_tokens)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from pic_rag.benchmark.cases import Case, Sample
 from pic_rag.benchmark.compression import Compression
 from pic_rag.benchmark.splice import Splice
-from pic_rag.evaluation.report import markdown_table
+from pic_rag.reporting import markdown_table, write_json
 
 
 @dataclass(frozen=True)
@@ -106,8 +105,7 @@ class Report:
 
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        data = json.dumps(self.to_dict(), indent=2, allow_nan=False)
-        (target / "report.json").write_text(data + "\n", encoding="utf-8")
+        write_json(target / "report.json", self.to_dict())
         (target / "report.md").write_text(self.to_markdown(), encoding="utf-8")
         draw(self.rows).savefig(target / "report.png")
         return target

@@ -10,7 +10,6 @@ from itertools import groupby
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from pic_rag.benchmark.cases import Case, CaseTimer, Sample
 from pic_rag.benchmark.compression import measure_compression
@@ -22,6 +21,7 @@ from pic_rag.benchmark.workload import Workload
 from pic_rag.evaluation.lingua import LinguaError
 from pic_rag.evaluation.shortening import Shortener
 from pic_rag.evaluation.systems import LINGUA_SYSTEMS, RATIO_SYSTEMS, Systems
+from pic_rag.progress import progress_bar
 from pic_rag.questions import Question
 from pic_rag.reporting import versions
 
@@ -95,8 +95,7 @@ def _repeat(
     """Measure all cases, again and again until `stop`; those that cannot be answered, or take long, once."""
     again = set(cases)
     repetitions: list[Repetition] = []
-    with tqdm(total=len(cases) * suite.repeats, desc="bench", unit="case", delay=1.0,
-              disable=None if progress is None else not progress) as bar:  # fmt: skip
+    with progress_bar(progress, total=len(cases) * suite.repeats, desc="bench", unit="case") as bar:
         _warm_up(timer, suite, cases, workload)
         for _ in range(suite.repeats):
             samples: dict[Case, list[Sample]] = {}

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+
+from pic_rag.config import described
 
 SYSTEMS = ("text", "truncate", "pic", "llmlingua", "longllmlingua", "llmlingua2")
 """Systems of `pic_rag.evaluation.systems` that can be timed; full text is always measured, the others against it."""
-
-
-def _field(default: Any, help: str) -> Any:  # noqa: ANN401 - a dataclass field of any type
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass(frozen=True)
@@ -22,17 +19,19 @@ class Suite:
         ValueError: when a field breaks its rule; the message names the field, the rule and the value.
     """
 
-    contexts: tuple[int, ...] = _field((1024, 4096, 16384, 65536), "text tokens of a question's documents")
-    ratios: tuple[int, ...] = _field((4, 16, 64), "text tokens per memory token")
-    batch_sizes: tuple[int, ...] = _field((1, 32), "questions asked at once, each with documents of its own")
-    systems: tuple[str, ...] = _field(SYSTEMS, "what is measured")
-    repeats: int = _field(5, "repetitions, each with new documents; every figure is their median")
-    new_tokens: int = _field(32, "tokens of every answer")
-    document_tokens: int = _field(1024, "text tokens of a document")
-    patience_s: float = _field(60.0, "a measurement that takes longer is not repeated, in seconds")
-    compress_tokens: int = _field(2**18, "text tokens that the compressor's own speed is measured on")
-    most_tokens: int = _field(2**21, "text tokens of all questions asked at once; larger measurements are skipped")
-    lingua_tokens: int = _field(2**16, "the same for LLMLingua, which takes them a window at a time")
+    contexts: tuple[int, ...] = described("text tokens of a question's documents", default=(1024, 4096, 16384, 65536))
+    ratios: tuple[int, ...] = described("text tokens per memory token", default=(4, 16, 64))
+    batch_sizes: tuple[int, ...] = described("questions asked at once, each with documents of its own", default=(1, 32))
+    systems: tuple[str, ...] = described("what is measured", default=SYSTEMS)
+    repeats: int = described("repetitions, each with new documents; every figure is their median", default=5)
+    new_tokens: int = described("tokens of every answer", default=32)
+    document_tokens: int = described("text tokens of a document", default=1024)
+    patience_s: float = described("a measurement that takes longer is not repeated, in seconds", default=60.0)
+    compress_tokens: int = described("text tokens that the compressor's own speed is measured on", default=2**18)
+    most_tokens: int = described(
+        "text tokens of all questions asked at once; larger measurements are skipped", default=2**21
+    )
+    lingua_tokens: int = described("the same for LLMLingua, which takes them a window at a time", default=2**16)
 
     def __post_init__(self) -> None:
         for name in ("contexts", "ratios", "batch_sizes"):

@@ -20,7 +20,8 @@ def add_parser(commands: Commands) -> None:
         "train",
         help="train a compressor",
         description="Run a training configuration to its end, from its last checkpoint if there is one, and print the "
-        "folder of the compressor. On several devices: accelerate launch -m pic_rag train CONFIG.",
+        "folder of the compressor. On several GPUs: accelerate launch -m pic_rag train CONFIG; in N processes without "
+        "GPUs: ACCELERATE_USE_CPU=true torchrun --nproc-per-node N -m pic_rag train CONFIG.",
     )
     shipped = ", ".join(sorted(path.stem for path in CONFIGS.glob("*.yaml")))
     parser.add_argument("config", metavar="CONFIG", help=f"YAML file of the run, or a shipped one: {shipped}")

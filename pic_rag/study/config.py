@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pic_rag.training.config import TrainConfig, described, find_config, from_demo, read_yaml
-from pic_rag.training.rules import require_path, require_paths, require_whole
+from pic_rag.checks import check_whole
+from pic_rag.config import described
+from pic_rag.training.config import TrainConfig, find_config, from_demo, read_yaml
+from pic_rag.training.rules import read_fields, require_path, require_paths
 
 CONFIGS = Path(__file__).parent / "configs"
 """The studies that come with pic-rag."""
@@ -42,10 +44,10 @@ class Measured:
         require_path("data", self.data, optional=False)
         require_paths("bounds", self.bounds)
         for name in ("every", "loss_steps", "max_new_tokens", "batch_size"):
-            require_whole(name, getattr(self, name), 1)
-        require_whole("offset", self.offset, 0)
+            check_whole(name, getattr(self, name))
+        check_whole("offset", self.offset, 0)
         if self.limit is not None:
-            require_whole("limit", self.limit, 1)
+            check_whole("limit", self.limit)
         if self.ratios == ():
             raise ValueError("ratios must hold at least one ratio, got none.")
         for name in ("ratios", "answer_steps"):
@@ -98,7 +100,8 @@ class StudyConfig:
         arms = values.get("arms")
         if isinstance(arms, Mapping):  # an arm that changes nothing may be left empty
             arms = {name: {} if changed is None else changed for name, changed in arms.items()}
-        return _build(cls, {**values, "arms": arms, "measured": _build(Measured, measured)})
+        made = Measured(**read_fields(Measured, measured, "study"))
+        return cls(**read_fields(cls, {**values, "arms": arms, "measured": made}, "study"))
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON types."""
@@ -148,18 +151,4 @@ def _require_each(name: str, values: Any, least: int) -> None:  # noqa: ANN401 -
     if not isinstance(values, (list, tuple)):
         raise ValueError(f"{name} must be a list of whole numbers, got {values!r}.")
     for value in values:
-        require_whole(f"each of {name}", value, least)
-
-
-def _build(cls: type[Any], values: Mapping[str, Any]) -> Any:  # noqa: ANN401 - an instance of the class
-    fields = dataclasses.fields(cls)
-    unknown = sorted(set(values) - {field.name for field in fields})
-    if unknown:
-        known = ", ".join(sorted(field.name for field in fields))
-        raise ValueError(f"Unknown field {unknown[0]!r} of a study. Known fields: {known}.")
-    needed = (dataclasses.MISSING, dataclasses.MISSING)
-    missing = [field.name for field in fields if (field.default, field.default_factory) == needed]
-    for name in missing:
-        if values.get(name) is None:
-            raise ValueError(f"A study must set {name!r}.")
-    return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        check_whole(f"each of {name}", value, least)

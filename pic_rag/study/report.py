@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 
-from pic_rag.evaluation.report import markdown_table
+from pic_rag.reporting import markdown_table
 from pic_rag.study.config import Measured
 from pic_rag.study.records import Curve, Line, Results, best, reached, read_results
 

@@ -20,7 +20,7 @@ from pic_rag.study.config import Measured, StudyConfig
 from pic_rag.study.records import BOUNDS_FILE, METRICS_FOLDER, STUDY_FILE, metrics_path, read_bounds, read_run
 from pic_rag.study.watch import Watch, answer_line, answers
 from pic_rag.training.config import TrainConfig, from_demo
-from pic_rag.training.guards import sole_writer
+from pic_rag.training.guards import launched, sole_writer
 from pic_rag.training.lines import begin_lines, write_lines
 from pic_rag.training.loop import COMPRESSOR_FOLDER, Trainer
 
@@ -50,9 +50,16 @@ def run_study(
 
     Raises:
         ValueError: when an arm is none of the study's, a run in `folder` was made with another configuration or is
-            being trained by another process, a ratio is not served by an arm, or a question has no document.
+            being trained by another process, a ratio is not served by an arm, a question has no document, or several
+            processes were launched together.
     """
     folder = Path(folder)
+    processes = launched(Accelerator())
+    if processes > 1:
+        raise ValueError(
+            f"A study must run in one process, got {processes} launched together. Start it without a launcher; to "
+            "spread the work, start it several times with different --arms."
+        )
     if arms is not None and not arms:
         raise ValueError(f"arms must be some of {', '.join(study.arms)}, got none.")
     for arm in arms or ():

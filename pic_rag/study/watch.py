@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from pic_rag.evaluation.runner import EvalRow, evaluate
+from pic_rag.progress import progress_bar
 from pic_rag.questions import Question
 from pic_rag.study.config import Measured
 from pic_rag.training.batch import Batch, build_batches
@@ -75,8 +75,7 @@ class Watch:
     def _measure(self, batches: Sequence[Batch], title: str, device: torch.device) -> list[float]:
         """Cross-entropy, KL to the teacher and accuracy, means over all targets."""
         sums = torch.zeros(3, dtype=torch.float64, device=device)
-        hidden = None if self.progress is None else not self.progress
-        for batch in tqdm(batches, desc=title, leave=False, delay=1.0, disable=hidden):
+        for batch in progress_bar(self.progress, batches, desc=title, leave=False):
             sums += torch.stack(self.objective.measure(batch.to(device))) * len(batch.reads.target_ids)
         return (sums / sum(len(batch.reads.target_ids) for batch in batches)).tolist()
 

@@ -17,7 +17,7 @@ from pic_rag.training.chat import MEMORY, Dialogue
 from pic_rag.training.config import Stage, TrainConfig
 from pic_rag.training.examples import Example, ExampleFactory, Ratios
 
-_MOST_DRAWS = 1000  # examples too long for a row, or without a memory, before a run gives up
+_MOST_DRAWS = 1000  # examples that are too long, or without a memory, before a run gives up
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,15 +114,28 @@ class StepDataset(Dataset[Batch]):
         )
 
     def _draw_one(self, task: str, ratios: Ratios, random: np.random.Generator) -> Example:
-        """An example that fits a row, where rows are fixed."""
+        """An example that fits the generator's context, and a row where rows are fixed."""
         for _ in range(_MOST_DRAWS):
             example = self.factory.draw(task, ratios, random)
-            if not self.config.rows or example.longest <= self.config.row_places:
+            fits_row = not self.config.rows or example.longest <= self.config.row_places
+            if fits_row and self._reach(example) <= self.factory.context_places:
                 return example
+        if not fits_row:
+            raise ValueError(
+                f"row_places must hold examples of the task {task}, got {self.config.row_places}: {_MOST_DRAWS} in a "
+                f"row were longer, the last one of {example.longest} places. Raise row_places or leave rows out."
+            )
         raise ValueError(
-            f"row_places must hold examples of the task {task}, got {self.config.row_places}: {_MOST_DRAWS} in a row "
-            f"were longer, the last one of {example.longest} places. Raise row_places or leave rows out."
+            f"examples of the task {task} must fit the generator's context of {self.factory.context_places} places, "
+            f"got {_MOST_DRAWS} in a row that do not, the last one of {self._reach(example)}. "
+            "Split long documents, or lower documents, turns or text_tokens."
         )
+
+    def _reach(self, example: Example) -> int:
+        """Places of the context that the generator or its teacher needs."""
+        steps = _steps([example], self.config)
+        reads = len(example.reads.ids) if steps is None else int(steps[0].sum())
+        return max(reads, len(example.teacher.ids) if example.teacher else 0)
 
     def _stage(self, step: int) -> Stage:
         """The stage a step belongs to."""

@@ -15,8 +15,8 @@ import numpy as np
 from jinja2 import TemplateError
 
 from pic_rag.chunking import token_windows
-from pic_rag.handles import escape_handles, split_handles
-from pic_rag.prompts import INSTRUCTION, rag_messages, repeat_messages
+from pic_rag.handles import escape_handles, handle_digits, placeholder, split_handles
+from pic_rag.prompts import INSTRUCTION, filled_messages, rag_messages, repeat_messages
 
 MEMORY = -1  # stands in a sequence where a memory token goes
 Messages = list[dict[str, str]]
@@ -38,46 +38,51 @@ class Dialogue:
         return cls(ids, np.concatenate([np.full(len(piece), target) for piece, target in pieces]))
 
 
-def _plain(question: str, passages: Sequence[str]) -> Messages:
-    return [{"role": "user", "content": "\n\n".join([*passages, question])}]
-
-
-def _context_then_question(question: str, passages: Sequence[str]) -> Messages:
-    context = "\n\n".join(passages)
-    return [{"role": "user", "content": f"Context:\n{context}\n\nQuestion: {question}\nAnswer:"}]
-
-
-def _framework(question: str, passages: Sequence[str]) -> Messages:
-    context = "\n\n".join(passages)
-    asked = (
-        "Context information is below.\n---------------------\n"
-        f"{context}\n---------------------\n"
-        "Given the context information and not prior knowledge, answer the query.\n"
-        f"Query: {question}\nAnswer: "
-    )
-    return [{"role": "user", "content": asked}]
-
-
 def _system(question: str, passages: Sequence[str]) -> Messages:
     context = "\n\n".join(passages)
     system = f"You are an assistant for question-answering tasks. Use the context to answer.\n\n{context}"
     return [{"role": "system", "content": system}, {"role": "user", "content": question}]
 
 
-def _question_first(question: str, passages: Sequence[str]) -> Messages:
+def _list_below(question: str, passages: Sequence[str]) -> Messages:
     context = "\n".join(f"- {passage}" for passage in passages)
     return [{"role": "user", "content": f"{question}\n\n{INSTRUCTION}\n\n{context}"}]
 
 
-PROMPT_SHAPES: tuple[tuple[float, PromptShape], ...] = (
-    (0.5, rag_messages),
-    (0.1, _plain),
-    (0.1, _context_then_question),
-    (0.1, _framework),
-    (0.1, _system),
-    (0.1, _question_first),
+def _tool(question: str, passages: Sequence[str]) -> Messages:
+    """An agent's: a call, which many templates do not show, and what the tool found."""
+    return [
+        {"role": "user", "content": question},
+        {"role": "assistant", "content": ""},
+        {"role": "tool", "content": "\n\n".join(passages)},
+    ]
+
+
+_CONTEXT_FIRST = (
+    "{context}\n\n{question}",
+    "Context:\n{context}\n\nQuestion: {question}\nAnswer:",
+    "Context information is below.\n---------------------\n{context}\n---------------------\n"
+    "Given the context information and not prior knowledge, answer the query.\nQuery: {question}\nAnswer: ",
 )
-"""Weights and forms of the prompts that the frameworks really send."""
+_QUESTION_FIRST = (
+    "{question}\n\n{context}",
+    "Question: {question}\n\nContext:\n{context}\n\nAnswer:",
+    "You are an assistant for question-answering tasks. Use the following pieces of retrieved context to answer the "
+    "question. If you don't know the answer, just say that you don't know. Use three sentences maximum and keep the "
+    "answer concise.\nQuestion: {question} \nContext: {context} \nAnswer:",
+    "Query: {question}\nSearch results:\n{context}\nAnswer the query from the search results.",
+)
+
+PROMPT_SHAPES: tuple[tuple[float, PromptShape], ...] = (
+    (0.3, rag_messages),
+    *((0.08, partial(filled_messages, template)) for template in _CONTEXT_FIRST),
+    (0.08, _system),
+    *((0.06, partial(filled_messages, template)) for template in _QUESTION_FIRST),
+    (0.06, _list_below),
+    (0.08, _tool),
+)
+"""Weights and forms of the prompts that applications really send. Where the question comes first, memories have to be
+read with it in mind: that is learned from such prompts only."""
 
 SHAPE_WEIGHTS = [weight for weight, _ in PROMPT_SHAPES]
 
@@ -179,7 +184,7 @@ class Chat:
     def _tokenize(self, text: str, documents: Sequence[np.ndarray]) -> list[tuple[np.ndarray, bool]]:
         """Token ids of a prompt, piece by piece, each handle replaced by what stands for its document."""
         return [
-            (documents[_number(piece)] if is_handle else self._ids(piece), False)
+            (documents[int(handle_digits(piece), 16)] if is_handle else self._ids(piece), False)
             for is_handle, piece in split_handles(text)
             if piece
         ]
@@ -189,12 +194,3 @@ class Chat:
 
     def _ids(self, text: str) -> np.ndarray:
         return np.asarray(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
-
-
-def placeholder(number: int) -> str:
-    """A handle that no memory has: it stands for the document of that number."""
-    return f"[[pic:{number:032x}]]"
-
-
-def _number(handle: str) -> int:
-    return int(handle[6:-2], 16)

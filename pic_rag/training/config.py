@@ -5,22 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pic_rag.config import PicConfig
+from pic_rag.checks import check_whole
+from pic_rag.config import PicConfig, described
 from pic_rag.training.rules import (
     are_weights,
+    read_fields,
     require_choice,
     require_number,
     require_path,
     require_paths,
     require_range,
     require_rows,
-    require_whole,
 )
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -62,11 +63,6 @@ _NUMBERS = {  # the least and the largest value of each field that measures
 }
 
 
-def described(text: str, **kwargs: Any) -> Any:  # noqa: ANN401 - a dataclass field of any type
-    """A dataclass field with its help, unit included."""
-    return field(metadata={"help": text}, **kwargs)
-
-
 @dataclass(frozen=True)
 class Stage:
     """A stretch of training with one mixture of tasks and of ratios."""
@@ -79,13 +75,13 @@ class Stage:
     )
 
     def __post_init__(self) -> None:
-        require_whole("steps of a stage", self.steps, 1)
+        object.__setattr__(self, "steps", check_whole("steps of a stage", self.steps))
         if not are_weights(self.tasks) or not set(self.tasks) <= set(TASKS):
             raise ValueError(f"tasks of a stage must be weights of {', '.join(TASKS)}, got {self.tasks!r}.")
-        if self.ratios and not are_weights(self.ratios):
+        if self.ratios != {} and not are_weights(self.ratios):
             raise ValueError(f"ratios of a stage must be weights of ratios, got {self.ratios!r}.")
         for ratio in self.ratios:
-            require_whole("ratios of a stage", ratio, 1)
+            check_whole("ratios of a stage", ratio)
 
     @classmethod
     def from_dict(cls, values: Any) -> Stage:  # noqa: ANN401 - whatever the file holds
@@ -139,7 +135,7 @@ class TrainConfig:
     warmup_steps: int = described("steps to full learning rate", default=50)
     decay_share: float = described("last share of all steps over which the rate falls linearly to zero", default=0.2)
     weight_decay: float = described("of AdamW, on all that is trained", default=0.01)
-    clip: float = described("largest gradient norm", default=1.0)
+    clip: float = described("largest gradient norm; 0: any", default=1.0)
     precision: str = described(
         "'bf16' or 'fp32', of models and activations; trained weights stay float32", default="bf16"
     )
@@ -162,7 +158,7 @@ class TrainConfig:
         for name, allowed in _CHOICES.items():
             require_choice(name, getattr(self, name), allowed)
         for name, least in _WHOLE.items():
-            require_whole(name, getattr(self, name), least)
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), least))
         for name, bounds in _NUMBERS.items():
             require_number(name, getattr(self, name), *bounds)
         for name, optional in _PATHS.items():
@@ -174,12 +170,16 @@ class TrainConfig:
             require_rows(self.rows)
         self._check_weights()
         self._check_sources()
+        if not self.learning_rate and not self.reader_rank:
+            raise ValueError(
+                "learning_rate must be above 0 where reader_rank is 0, got 0: nothing would learn. Raise one of them."
+            )
 
     def _check_weights(self) -> None:
         if not isinstance(self.slots_per_chunk, tuple) or not self.slots_per_chunk:
             raise ValueError(f"slots_per_chunk must be a list of whole numbers, got {self.slots_per_chunk!r}.")
         for count in self.slots_per_chunk:
-            require_whole("slots_per_chunk", count, 1)
+            check_whole("slots_per_chunk", count)
         named = are_weights(self.questions) and all(isinstance(name, str) for name in self.questions)
         if self.questions != {} and not named:
             raise ValueError(f"questions must be a mapping of files to weights, got {self.questions!r}.")
@@ -224,17 +224,8 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """Build from plain JSON or YAML types; an unknown field raises ValueError by name."""
-        known = {entry.name for entry in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise ValueError(f"Unknown training field {unknown[0]!r}. Known fields: {', '.join(sorted(known))}.")
-        missing = sorted({"out", "stages"} - set(values))
-        if missing:
-            raise ValueError(f"A training configuration must set {missing[0]!r}.")
-        converted: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
-        }
+        """Build from plain JSON or YAML types; an unknown or a missing field raises ValueError by name."""
+        converted = read_fields(cls, values, "training")
         if not isinstance(values["stages"], (list, tuple)):
             raise ValueError(
                 f"stages must be a list of mappings with steps, tasks and perhaps ratios, got {values['stages']!r}."

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from pic_rag.checks import check_unicode
 from pic_rag.chunking import tokenize
-from pic_rag.prompts import check_unicode
+from pic_rag.progress import progress_bar
 from pic_rag.questions import Question, Row, document_text, read_jsonl, read_rows
 from pic_rag.training.synthetic import passages
 
@@ -80,7 +80,7 @@ class TokenTable:
         """Tokenise texts into the files of a table."""
         dtype = np.uint16 if len(tokenizer) <= np.iinfo(np.uint16).max + 1 else np.uint32
         ids, ends = [], [0]
-        for batch in _batched(tqdm(texts, desc=f"tokenise {folder.name}", disable=None, delay=1.0)):
+        for batch in _batched(progress_bar(None, texts, desc=f"tokenise {folder.name}")):
             for tokens in tokenize(batch, tokenizer)["input_ids"]:
                 ids.append(np.asarray(tokens, dtype=dtype))
                 ends.append(ends[-1] + len(tokens))

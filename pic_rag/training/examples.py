@@ -5,6 +5,7 @@ An example is drawn from a random generator, so the same seed and step give the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,10 +14,10 @@ import numpy as np
 import torch
 
 from pic_rag.chunking import Segment, fold, place_slots
-from pic_rag.handles import escape_handles
+from pic_rag.handles import escape_handles, placeholder
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import Question
-from pic_rag.training.chat import MEMORY, SHAPE_WEIGHTS, Chat, Dialogue, PromptShape, Spans, placeholder
+from pic_rag.training.chat import MEMORY, SHAPE_WEIGHTS, Chat, Dialogue, PromptShape, Spans
 from pic_rag.training.config import TrainConfig
 from pic_rag.training.corpora import Asked, QuestionTable, TokenTable
 
@@ -63,6 +64,7 @@ class ExampleFactory:
         texts: the corpus of the text tasks.
         questions: the tables of the task questions, and their weights.
         end_token_ids: tokens at which the generator stops; none given: the tokenizer's special tokens.
+        context_places: most places that the generator and its teacher read; None: any number.
 
     Raises:
         ValueError: when the texts are too short, or the chat template does not show a user's message.
@@ -75,8 +77,10 @@ class ExampleFactory:
         texts: TokenTable | None,
         questions: Mapping[QuestionTable, float],
         end_token_ids: Collection[int] = (),
+        context_places: int | None = None,
     ) -> None:
         self.config = config
+        self.context_places = context_places or math.inf
         self.chat = Chat(tokenizer, end_token_ids)
         self.texts = texts
         if texts is not None:
@@ -126,7 +130,8 @@ class ExampleFactory:
 
     def _continue(self, ratios: Ratios, random: np.random.Generator) -> Example:
         excerpt = self._excerpt(random, self.config.target_tokens)
-        cut = max(1, len(excerpt) - self.config.target_tokens)
+        shortest = min(self.config.text_tokens[0], len(excerpt) // 2)
+        cut = max(shortest, len(excerpt) - self.config.target_tokens)
         segments = self._compress(excerpt[:cut], ratios, random)
         return Example(segments, Dialogue.join([(_memory_places(segments), False), (excerpt[cut:], True)]))
 

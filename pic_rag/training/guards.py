@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from pic_rag.training.config import TrainConfig
@@ -39,6 +41,11 @@ def sole_writer(out: Path, *, main_process: bool) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def launched(accelerator: Accelerator) -> int:
+    """Processes that a launcher started together, this one included, whether they train together or not."""
+    return max(accelerator.num_processes, int(os.environ.get("WORLD_SIZE") or 1))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,11 +18,11 @@ from accelerate.utils import broadcast
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from pic_rag.encoder import PicEncoder
 from pic_rag.models.backbone import ModelRef, end_token_ids, generator_id
 from pic_rag.models.checkpoint import CONFIG_FILE, READER_FOLDER, Checkpoint
+from pic_rag.progress import progress_bar
 from pic_rag.training.batch import Batch, StepDataset
 from pic_rag.training.config import TrainConfig
 from pic_rag.training.corpora import Corpora
@@ -30,6 +31,7 @@ from pic_rag.training.guards import (
     are_finite,
     diverged,
     ignore_interrupts,
+    launched,
     room_for_workers,
     sole_writer,
     uninterrupted,
@@ -63,12 +65,19 @@ def train(
 
     Raises:
         ValueError: when `finish` comes without `minutes`, the run in `out` was started with another configuration,
-            another process trains in `out`, or loss or weights are no numbers any more.
+            another process trains in `out`, several processes do not train together, or loss or weights are no
+            numbers any more.
+        RuntimeError: when another of several processes has ended; the steps taken are saved.
         KeyboardInterrupt: after Ctrl-C; the steps taken are saved.
     """
     if finish and minutes is None:
         raise ValueError("finish must come with minutes, the time there is, got none.")
     accelerator = Accelerator()
+    if launched(accelerator) > accelerator.num_processes:
+        raise ValueError(
+            f"{launched(accelerator)} launched processes must train together, got each by itself. "
+            "Without a GPU set ACCELERATE_USE_CPU=true; for a single process unset WORLD_SIZE."
+        )
     with sole_writer(Path(config.out), main_process=accelerator.is_main_process):
         return Trainer(config, accelerator).run(minutes, progress, finish=finish)
 
@@ -93,6 +102,8 @@ class Trainer:
             start_from(config.init_from, self.base, self.encoder, self.generator)
         elif self.encoder.pool is not None:
             self.encoder.pool.start_at(self.factory.token_counts(len(self.encoder.pool.token_salience)))
+        if not config.learning_rate:  # the reader alone is trained: nothing is computed backwards through the encoder
+            self.encoder.requires_grad_(False)
         for module in (self.encoder, self.generator):
             nn.Module.to(module, dtype=base.model.dtype)
         self.trained: list[torch.Tensor] = [*_trainable(self.encoder), *_trainable(self.generator)]
@@ -140,12 +151,12 @@ class Trainer:
         started = saved = time.monotonic()
         ends: deque[float] = deque([started], maxlen=_PACE_STEPS)
         begin = started - self.seconds  # as if the run had been trained in one go
-        hidden = progress is False or not self.accelerator.is_main_process
+        shown = progress if self.accelerator.is_main_process else False
         log = None
         if self.accelerator.is_main_process:
             log = MetricsLog(self.out / METRICS_FILE, self.step, self.seconds, self.config)
         total = self.config.steps if self.config.steps < ENDLESS else None
-        with tqdm(total=total, initial=self.step, desc="train", disable=hidden or None) as bar:
+        with progress_bar(shown, total=total, initial=self.step, desc="train") as bar:
             try:
                 for batch in self._batches():
                     with uninterrupted():
@@ -202,12 +213,13 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["peak"] * rate
         batch = batch.to(self.accelerator.device)
-        loss, accuracy = self.model(batch)
-        self.accelerator.backward(loss)
+        with self._together():
+            loss, accuracy = self.model(batch)
+            self.accelerator.backward(loss)
         for master, parameter in zip(self.master, self.trained, strict=True):
             master.grad = None if parameter.grad is None else parameter.grad.float()
             parameter.grad = None
-        gradient = nn.utils.clip_grad_norm_(self.master, self.config.clip)
+        gradient = nn.utils.clip_grad_norm_(self.master, self.config.clip or math.inf)
         self.optimizer.step()
         self._publish()
         self.step += 1
@@ -218,7 +230,23 @@ class Trainer:
         """What the main process measured: all devices have to leave the loop at the same step."""
         if self.accelerator.num_processes == 1:
             return value
-        return float(broadcast(torch.tensor(float(value), device=self.accelerator.device)).item())
+        with self._together():
+            return float(broadcast(torch.tensor(float(value), device=self.accelerator.device)).item())
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Where processes wait for each other, between whole steps: when one has ended, the steps taken are saved."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.accelerator.num_processes == 1 or isinstance(error, torch.OutOfMemoryError):
+                raise
+            if self.saved != self.step:
+                self._save()
+            raise RuntimeError(
+                f"All {self.accelerator.num_processes} processes must go on until the run ends, got one that has ended "
+                "or failed: see its own message. Run the same command again to go on."
+            ) from error
 
     def _publish(self) -> None:
         """Copy the float32 master weights into the model, which computes in its own dtype."""
@@ -240,7 +268,8 @@ class Trainer:
             texts = corpora.texts(config.texts) if config.texts else None
             questions = {corpora.questions(source): weight for source, weight in config.questions.items()}
         ends = end_token_ids(self.backbone.model, self.backbone.tokenizer)
-        return ExampleFactory(config, self.backbone.tokenizer, texts, questions, ends)
+        context = getattr(self.backbone.model.config.get_text_config(), "max_position_embeddings", None)
+        return ExampleFactory(config, self.backbone.tokenizer, texts, questions, ends, context)
 
     def _groups(self) -> list[dict[str, Any]]:
         """AdamW's parameter groups: LoRA, head (converter, slots, pool), reader; `peak` is the highest rate."""
@@ -300,7 +329,7 @@ class Trainer:
             Checkpoint(self.config.pic, self.base, generator, weights, reader).save(folder)
 
     def _resume(self) -> None:
-        state = read_state(self.out, self.accelerator.device)
+        state = read_state(self.out)
         if state is None:
             return
         check_same(state, self.config, self.base)

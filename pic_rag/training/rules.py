@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -14,16 +15,24 @@ def are_weights(weights: Any) -> bool:  # noqa: ANN401 - whatever a file holds, 
     return min(weights.values(), default=0) >= 0 and sum(weights.values()) > 0
 
 
+def read_fields(cls: type[Any], values: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """A dataclass's fields out of a file, lists as tuples; one that is unknown or missing raises ValueError by name."""
+    fields = dataclasses.fields(cls)
+    unknown = sorted(set(values) - {field.name for field in fields})
+    if unknown:
+        known = ", ".join(sorted(field.name for field in fields))
+        raise ValueError(f"Unknown {what} field {unknown[0]!r}. Known fields: {known}.")
+    for field in fields:
+        needed = field.default is field.default_factory is dataclasses.MISSING
+        if needed and values.get(field.name) is None:
+            raise ValueError(f"A {what} configuration must set {field.name!r}.")
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+
+
 def require_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:  # noqa: ANN401
     """Raise ValueError unless the value is one of those allowed; 1 is not True here."""
     if not any(value is choice or (isinstance(choice, str) and value == choice) for choice in allowed):
         raise ValueError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value!r}.")
-
-
-def require_whole(name: str, value: Any, least: int) -> None:  # noqa: ANN401
-    """Raise ValueError unless the value is a whole number, `least` or more."""
-    if type(value) is not int or value < least:
-        raise ValueError(f"{name} must be a whole number of {least} or more, got {value!r}.")
 
 
 def require_number(name: str, value: Any, least: float, most: float) -> None:  # noqa: ANN401

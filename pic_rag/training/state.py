@@ -28,8 +28,8 @@ def write_state(out: Path, state: Mapping[str, Any]) -> None:
     os.replace(part, out / STATE_FILE)
 
 
-def read_state(out: Path, device: torch.device) -> dict[str, Any] | None:
-    """The state of the run in a folder; None where none has begun.
+def read_state(out: Path) -> dict[str, Any] | None:
+    """The state of the run in a folder, on the CPU; None where none has begun.
 
     Raises:
         ValueError: when the file is damaged, or its weights are no numbers.
@@ -38,9 +38,7 @@ def read_state(out: Path, device: torch.device) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
-    except torch.OutOfMemoryError:
-        raise
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{path} must be the whole state of a run, got a file that is cut or damaged. Delete it to begin anew."

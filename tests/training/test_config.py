@@ -65,7 +65,9 @@ BAD_FIELDS = [
     *[(name, "3e-4", f"{name} must be a number .*, got '3e-4'. YAML reads 3e-4 as text") for name in [*RATES, *SHARES]],
     *[(name, 1.5, f"{name} must be a number from 0 to 1, got 1.5") for name in SHARES],
     ("learning_rate", float("nan"), "learning_rate must be a number of 0 or more, got nan"),
-    ("out", None, "out must be a path, got None"),
+    ("learning_rate", 0, "learning_rate must be above 0 where reader_rank is 0, got 0"),
+    ("out", None, "A training configuration must set 'out'"),
+    ("out", 3, "out must be a path, got 3"),
     ("base_model", 3, "base_model must be a path or null, got 3"),
     ("init_from", [], "init_from must be a path or null"),
     ("cache", 3, "cache must be a path or null, got 3"),
@@ -84,6 +86,14 @@ BAD_FIELDS = [
         "ratios of a stage must be a whole number",
     ),
     ("stages", [{"steps": 5, "tasks": {"continue": 1}, "ratios": {4: -1}}], "ratios of a stage must be weights"),
+    *[
+        (
+            "stages",
+            [{"steps": 5, "tasks": {"continue": 1}, "ratios": none}],
+            f"ratios of a stage must be weights of ratios, got {none}",
+        )
+        for none in (None, 0)
+    ],
     ("stages", [{"steps": 5, "tasks": {"sing": 1}}], "tasks of a stage must be weights of reconstruct, .*'sing'"),
     ("stages", [{"steps": 5, "tasks": {"continue": 0}}], "tasks of a stage must be weights of"),
     ("stages", [{"steps": 5, "tasks": {"continue": "much"}}], "tasks of a stage must be weights of .*'much'"),

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from training_runs import TEXT, make_config, make_factory, memory_places, write_rows
+from training_runs import TEXT, make_config, make_factory, memory_places, metrics_of, write_rows
 
 from pic_rag.questions import read_questions as read_eval_questions
 from pic_rag.training.batch import StepDataset, build_batches
+from pic_rag.training.chat import PROMPT_SHAPES, Chat
 from pic_rag.training.corpora import (
     Corpora,
     QuestionTable,
@@ -90,6 +91,18 @@ def test_rows_that_hold_no_example_are_an_error_and_no_endless_search(data, tmp_
         train(config, progress=False)
 
 
+def test_the_document_of_a_continuation_keeps_its_part_of_a_short_text(data, tmp_path):
+    fields = {"tasks": {"continue": 1}, "text_tokens": [16, 48]}
+    for target_tokens, parts in [(128, {16}), (96, {16}), (16, set(range(16, 49)))]:
+        config = make_config(data, tmp_path, **fields, target_tokens=target_tokens)
+        factory = Trainer(config, Accelerator()).factory
+        random = np.random.default_rng(0)
+        for _ in range(30):
+            example = factory.draw("continue", {4: 1.0}, random)
+            assert sum(len(segment.token_ids) for segment in example.segments) in parts
+            assert 0 < example.reads.is_target.sum() <= target_tokens
+
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -142,6 +155,18 @@ def test_an_answer_ends_as_the_chat_template_ends_it(tmp_path, tiny_tokenizer, t
             assert tokenizer.decode(said.ids[said.is_target]) == "".join(targets)
     posed = factory.pose(next(read_eval_questions(tmp_path / "questions.jsonl")), 4).reads
     assert tokenizer.decode(posed.ids[posed.is_target]) == targets[0]
+
+
+@pytest.mark.parametrize("template", [CHATML, GEMMA, MISTRAL], ids=["all roles", "no system role", "users alone"])
+def test_every_form_of_prompt_shows_each_passage_and_the_question_once(tiny_tokenizer, template):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.chat_template = template
+    chat = Chat(tokenizer)
+    question, passages = "Who built the {mill}?", ["Rye is ground here.", "Anna Holm built it."]
+    assert len(chat.shapes) == len(PROMPT_SHAPES)
+    for shape in chat.shapes:
+        prompt = tokenizer.apply_chat_template(shape(question, passages), tokenize=False, add_generation_prompt=True)
+        assert [prompt.count(text) for text in (question, *passages)] == [1, 1, 1]
 
 
 def test_every_question_of_a_conversation_has_its_gold_document_shown(tmp_path, tiny_tokenizer):
@@ -217,6 +242,47 @@ def test_a_handle_in_a_question_is_not_resolved_in_any_turn(tmp_path, tiny_token
     for _ in range(20):  # prompts of every form
         read = tiny_tokenizer.decode(factory.draw("questions", {4: 1.0}, random).teacher.ids)
         assert read.count("[[pic::aaa") == 2
+
+
+def _rows_with_a_long_one(words):
+    """Five questions about a short document, and one about a document of so many words."""
+    texts = ["The mill is old."] * 5 + ["old mill " * words]
+    return [
+        {"question": f"How old is mill {number}?", "answers": ["old"], "contexts": [{"text": text}]}
+        for number, text in enumerate(texts)
+    ]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"distillation": 1.0}, {"pic": {"segment_tokens": 64, "ratios": [4, 8], "generator_positions": "spread"}}],
+    ids=["read", "read by the teacher", "spread"],
+)
+def test_an_example_that_the_generators_context_does_not_hold_is_drawn_again(data, tmp_path, fields):
+    words = 250 if fields else 2000  # 9 tokens each; as memories they are fewer
+    write_rows(tmp_path / "long.jsonl", _rows_with_a_long_one(words))
+    fields |= {"questions": {str(tmp_path / "long.jsonl"): 1.0}, "distractor_share": 0.0, "turns": 1}
+    trainer = Trainer(make_config(data, tmp_path / "out", tasks={"questions": 1}, steps=12, **fields), Accelerator())
+    dataset = StepDataset(trainer.config, trainer.factory)
+    batches = [dataset[step] for step in range(12)]
+    assert trainer.factory.context_places == 2048
+    for batch in batches:
+        assert max(batch.reads.position_ids.max(), len(batch.layout.slot_row)) < 500
+    trainer.factory.context_places = np.inf
+    assert max(dataset[step].layout.token_ids.numel() for step in range(12)) > 2048
+    trainer.factory.context_places = 8
+    with pytest.raises(ValueError, match=r"task questions must fit the generator's context of 8 places, .* one of \d+"):
+        dataset[0]
+
+
+def test_a_resumed_run_draws_again_what_the_whole_one_did(data, tmp_path):
+    write_rows(tmp_path / "long.jsonl", _rows_with_a_long_one(2000))
+    fields = {"questions": {str(tmp_path / "long.jsonl"): 1.0}, "tasks": {"questions": 1}, "steps": 4}
+    train(make_config(data, tmp_path / "whole", **fields), progress=False)
+    cut = make_config(data, tmp_path / "cut", **fields)
+    train(cut, minutes=0, progress=False)
+    train(cut, progress=False)
+    assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
 
 
 def test_documents_without_a_token_are_an_error_and_no_endless_search(data, tmp_path, tiny_tokenizer):

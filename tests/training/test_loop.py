@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -55,6 +58,29 @@ def test_a_run_trains_every_task_and_leaves_base_and_generator_alone(data, tmp_p
     assert {"reconstruct_loss", "continue_loss", "questions_loss", "questions_accuracy", "gradient_norm"} <= logged
     assert (folder / "reader" / "adapter_model.safetensors").is_file() is bool(reader_rank)
     assert (Compressor.from_pretrained(folder, device="cpu", dtype="float32").reader is not None) is bool(reader_rank)
+
+
+def test_without_a_learning_rate_the_reader_alone_is_trained(data, tmp_path):
+    trainer = Trainer(make_config(data, tmp_path, learning_rate=0, reader_rank=4), Accelerator())
+    encoder = {name: tensor.clone() for name, tensor in trainer.encoder.state_dict().items()}
+    reader = [master.clone() for master in trainer.master]
+    folder = trainer.run(None, False)
+    assert not any(parameter.requires_grad for parameter in trainer.encoder.parameters())
+    assert all(torch.equal(tensor, encoder[name]) for name, tensor in trainer.encoder.state_dict().items())
+    assert all(not torch.equal(old, new) for old, new in zip(reader, trainer.master, strict=True))
+    kept = Checkpoint.load(folder).weights
+    assert kept
+    assert all(torch.equal(tensor, encoder[name].bfloat16()) for name, tensor in kept.items())
+
+
+@pytest.mark.parametrize("clip", [0, 0.001])
+def test_a_gradient_is_cut_at_clip_and_at_0_not_at_all(data, tmp_path, clip):
+    trainer = Trainer(make_config(data, tmp_path, steps=1, clip=clip), Accelerator())
+    trainer.run(None, False)
+    [line] = metrics_of(tmp_path)
+    used = torch.stack([master.grad.norm() for master in trainer.master]).norm().item()
+    assert line["gradient_norm"] > 0.01
+    assert used == pytest.approx(clip or line["gradient_norm"], rel=1e-2)
 
 
 def test_the_loss_falls_on_a_set_small_enough_to_learn(data, tmp_path):
@@ -235,6 +261,51 @@ def test_an_interrupt_waits_until_the_last_checkpoint_is_written(data, tmp_path,
     finally:
         signal.signal(signal.SIGINT, before)
     assert torch.load(tmp_path / "training_state.pt", weights_only=True)["step"] == 2
+
+
+def test_when_another_process_ends_the_steps_taken_are_saved(data, tmp_path, monkeypatch):
+    train(make_config(data, tmp_path / "whole", steps=4), progress=False)
+    backward = Accelerator.backward
+    losses = []
+
+    def meet(accelerator, loss):
+        losses.append(loss)
+        if len(losses) == 3:
+            raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+        backward(accelerator, loss)
+
+    config = make_config(data, tmp_path / "cut", steps=4)
+    monkeypatch.setattr(Accelerator, "device", torch.device("cpu", 0))  # as it is in each of several processes
+    with monkeypatch.context() as patch:
+        patch.setattr(Accelerator, "backward", meet)
+        patch.setattr(Accelerator, "num_processes", 2)
+        with pytest.raises(RuntimeError, match=r"All 2 processes must go on .* Run the same command again to go on"):
+            train(config, progress=False)
+    assert torch.load(tmp_path / "cut" / "training_state.pt", weights_only=True)["step"] == 2
+    train(config, progress=False)
+    assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
+    for one, other in zip(weights_of(tmp_path / "cut"), weights_of(tmp_path / "whole"), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_cut_and_resumed_train_what_they_would_have(data, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "pic_rag"]
+    for out, cuts in [("whole", [[]]), ("cut", [["--minutes", "0.00001"], []])]:
+        path = tmp_path / f"{out}.yaml"
+        path.write_text(yaml.safe_dump(make_config(data, tmp_path / out, steps=3).to_dict()))
+        for cut in cuts:
+            command = [*launch, "train", str(path), "--quiet", *cut]
+            subprocess.run(command, check=True, env=os.environ | {"ACCELERATE_USE_CPU": "true"})
+    assert [line["step"] for line in metrics_of(tmp_path / "cut")] == [1, 2, 3]
+    assert metrics_of(tmp_path / "cut") == metrics_of(tmp_path / "whole")
+
+
+def test_processes_that_would_each_train_by_themselves_are_refused(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 launched processes must train together, .* set ACCELERATE_USE_CPU=true"):
+        train(make_config(data, tmp_path / "out"), progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_shared_memory_that_is_full_is_named_with_what_to_do(data, tmp_path, monkeypatch):
