@@ -4,8 +4,8 @@ A prompt with memories is cut into *blocks*. A block is a run of memories with l
 of one retrieval say, and the text that stands before it; what follows the last memory, the question, is in no block.
 A block's keys and values depend on all rows before its own, and so does its name: a conversation that goes on with
 other documents still shares the blocks of its first ones. A block is read by itself, the first time as well, so among
-prompts that are answered one by one whether it was kept changes no bit of an answer. In a batch all rows are read at
-once, rounded otherwise, and their blocks kept as well.
+prompts that are answered one by one whether it was kept changes no bit of an answer. In a batch, which rounds otherwise
+in any case, blocks that several prompts share are read by themselves, once, and all other rows in one go.
 
 This file knows rows, and a cache of transformers. It does not know tokenizers, sampling or threads.
 """
@@ -13,9 +13,9 @@ This file knows rows, and a cache of transformers. It does not know tokenizers, 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter, OrderedDict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -70,17 +70,20 @@ class Prefix:
         return self.blocks[len(self.kept) - 1].end if self.kept else 0
 
     @property
-    def next_block(self) -> Prefix | None:
-        """The same up to the end of the first block to read; None when all are there, or no row follows it."""
+    def next_block(self) -> Block | None:
+        """The first block to read; None when all are there, or no row follows it."""
         number = len(self.kept)
         if number == len(self.blocks) or self.blocks[number].end == self.prompt_tokens:
             return None
-        return Prefix(self.blocks[number].end, self.blocks[: number + 1], self.kept)
+        return self.blocks[number]
 
-    def with_next(self, past: DynamicCache) -> Prefix:
-        """With the first block to read among those there: `join([self.next_block])` after the model has read it."""
-        block = self.blocks[len(self.kept)]
-        return Prefix(self.prompt_tokens, self.blocks, [*self.kept, _cut(past, 0, block.start, block.end)])
+    def with_next(self, layers: Layers) -> Prefix:
+        """With the keys and values of `next_block`."""
+        return replace(self, kept=[*self.kept, layers])
+
+    def without_kept(self) -> Prefix:
+        """The same prompt, to be read whole."""
+        return replace(self, kept=[])
 
 
 class PrefixCache:
@@ -114,12 +117,13 @@ class PrefixCache:
             prefixes: of the batch's prompts, as found before it was read.
             past: `join(prefixes)` after the model has read all rows, and perhaps written some.
         """
-        read = prompt_columns(prefixes)
+        read = _prompt_columns(prefixes)
         for at, prefix in enumerate(prefixes):
             shift = read - prefix.prompt_tokens  # from a row that was read now to its column
-            for block in reversed(prefix.blocks):  # the first block goes last: nothing can be reused without it
+            for number, block in reversed(list(enumerate(prefix.blocks))):  # the first last: no other goes without it
                 if block.name not in self._kept:
-                    layers = _cut(past, at, block.start + shift, block.end + shift)
+                    there = number < len(prefix.kept)
+                    layers = prefix.kept[number] if there else cut(past, at, block.start + shift, block.end + shift)
                     if _size_bytes(layers) > self.max_bytes:
                         continue
                     self._add(block.name, layers)
@@ -172,7 +176,35 @@ def cut_blocks(prompt: Assembled) -> Iterator[Block]:
         yield Block(name, start, end)
 
 
-def prompt_columns(prefixes: Sequence[Prefix]) -> int:
+def shared_blocks(prefixes: Sequence[Prefix]) -> set[bytes]:
+    """Names of the blocks to read by themselves: those that several prompts have, or the only one."""
+    uses = Counter(block.name for prefix in prefixes for block in prefix.blocks)
+    return {name for name, times in uses.items() if times > 1 or len(prefixes) == 1}
+
+
+def spares_rows(prefixes: Sequence[Prefix], ahead: Collection[bytes]) -> bool:
+    """Whether reuse pays: in a batch kept rows and rows to read are padded apart, up to the most that a prompt has.
+
+    Args:
+        prefixes: of the batch's prompts.
+        ahead: names of blocks that will be there as well.
+    """
+    if len(prefixes) == 1:
+        return True
+    left = [prefix.prompt_tokens - _reusable_rows(prefix, ahead) for prefix in prefixes]
+    return 2 * max(left) <= max(prefix.prompt_tokens for prefix in prefixes)
+
+
+def _reusable_rows(prefix: Prefix, ahead: Collection[bytes]) -> int:
+    rows = prefix.cached_tokens
+    for block in prefix.blocks[len(prefix.kept) :]:
+        if block.name not in ahead or block.end == prefix.prompt_tokens:
+            break
+        rows = block.end
+    return rows
+
+
+def _prompt_columns(prefixes: Sequence[Prefix]) -> int:
     """Columns that a batch of prompts takes: the kept rows and the rows to read, each with their own padding before."""
     kept = max(prefix.cached_tokens for prefix in prefixes)
     return kept + max(prefix.prompt_tokens - prefix.cached_tokens for prefix in prefixes)
@@ -202,8 +234,8 @@ def _pad(blocks: Sequence[torch.Tensor], columns: int, like: torch.Tensor) -> to
     return torch.cat([like.new_zeros(like.shape[0], padding, like.shape[2]), *blocks], dim=1)
 
 
-def _cut(past: DynamicCache, at: int, start: int, end: int) -> Layers:
-    """A copy, for a view would hold the whole batch."""
+def cut(past: DynamicCache, at: int, start: int, end: int) -> Layers:
+    """Keys and values of one row's columns. A copy, for a view would hold the whole batch."""
     read = [(cast("torch.Tensor", layer.keys), cast("torch.Tensor", layer.values)) for layer in _layers(past)]
     return [(keys[at, :, start:end].clone(), values[at, :, start:end].clone()) for keys, values in read]
 

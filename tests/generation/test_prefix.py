@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -166,18 +167,48 @@ def test_a_prompt_begins_at_its_first_new_row(generator: Generator, memories: li
         assert generator.generate(prompt, memories, max_new_tokens=2)[0].cached_tokens == cached_tokens
 
 
-def test_the_model_reads_only_the_new_rows(generator: Generator, memories: list[Memory]) -> None:
-    prompt = f"Read:{memories[0].handle}{memories[1].handle} Who?"
-    read: list[int] = []
+@contextmanager
+def read_shapes(generator: Generator) -> Iterator[list[tuple[int, int]]]:
+    """`(prompts, rows)` of every forward of the model."""
+    read: list[tuple[int, int]] = []
     body = generator.model.get_submodule("model.layers.0")
-    hook = body.register_forward_pre_hook(lambda _, args: read.append(args[0].shape[1]))
+    hook = body.register_forward_pre_hook(lambda _, args: read.append(tuple(args[0].shape[:2])))
     try:
-        for _ in range(2):
-            generator.generate(prompt, memories, max_new_tokens=1)
+        yield read
     finally:
         hook.remove()
+
+
+def test_the_model_reads_only_the_new_rows(generator: Generator, memories: list[Memory]) -> None:
+    prompt = f"Read:{memories[0].handle}{memories[1].handle} Who?"
+    with read_shapes(generator) as read:
+        for _ in range(2):
+            generator.generate(prompt, memories, max_new_tokens=1)
     question = len(" Who?")
-    assert read == [generator.count_tokens(prompt, memories) - question, question, question]
+    assert read == [(1, generator.count_tokens(prompt, memories) - question), (1, question), (1, question)]
+
+
+def test_what_the_prompts_of_a_batch_share_is_read_once(generator: Generator, memories: list[Memory]) -> None:
+    shared = f"Read:{memories[0].handle}{memories[1].handle}"
+    prompts = [f"{shared} Who?", f"{shared} Where?", f"{shared} What was it?"]
+    forgetting = Generator(generator.model, generator.tokenizer, name="tiny", prefix_cache_bytes=0)
+    with read_shapes(generator) as read:
+        answers = generator.generate(prompts, memories, max_new_tokens=1)
+    rows = generator.count_tokens(shared, memories)
+    assert read == [(1, rows), (3, len(" What was it?"))]
+    assert sorted(answer.cached_tokens for answer in answers) == [0, rows, rows]
+    assert answers == forgetting.generate(prompts, memories, max_new_tokens=1)
+    assert [answer.cached_tokens for answer in generator.generate(prompts, memories, max_new_tokens=1)] == [rows] * 3
+
+
+def test_a_batch_with_little_to_reuse_is_read_in_one_go(generator: Generator, memories: list[Memory]) -> None:
+    """Kept rows and rows to read are padded apart, so that one kept prompt would widen the rows of all."""
+    known, *others = (f"Read:{memory.handle} Who was it?" for memory in memories)
+    generator.generate(known, memories, max_new_tokens=1)
+    with read_shapes(generator) as read:
+        answers = generator.generate([known, *others], memories, max_new_tokens=1)
+    assert read == [(3, max(generator.count_tokens(prompt, memories) for prompt in (known, *others)))]
+    assert [answer.cached_tokens for answer in answers] == [0, 0, 0]
 
 
 def test_whether_memories_were_kept_changes_no_bit_of_an_answer(
