@@ -16,12 +16,13 @@ from jinja2 import TemplateError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pic_rag.checks import check_unicode
 from pic_rag.chunking import strides
 from pic_rag.config import GeneratorPositions
 from pic_rag.handles import UnknownHandleError, escape_handles, find_handles, replace_handles, split_handles
 from pic_rag.memory import Memory
 from pic_rag.models.backbone import same_model
-from pic_rag.prompts import check_unicode, map_texts
+from pic_rag.prompts import map_texts
 
 Prompt = str | Sequence[Mapping[str, Any]]
 """Text, or chat messages: a role and a content that is a string or a list of `{"type": "text", "text": ...}` parts."""

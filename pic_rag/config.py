@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import index
 from typing import Any, Literal, cast, get_args
+
+from pic_rag.checks import as_whole, check_whole
 
 TextScope = Literal["segment", "chunk"]
 MemoryScope = Literal["chunk", "chunk+past", "segment"]
@@ -24,8 +25,9 @@ PRESETS: dict[str, dict[str, str]] = {
 }
 
 
-def _field(default: Any, help: str) -> Any:  # noqa: ANN401 - a dataclass field of any type
-    return dataclasses.field(default=default, metadata={"help": help})
+def described(text: str, **kwargs: Any) -> Any:  # noqa: ANN401 - a dataclass field of any type
+    """A dataclass field with its help, unit included."""
+    return dataclasses.field(metadata={"help": text}, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -36,27 +38,35 @@ class PicConfig:
         ValueError: when a field breaks its rule; the message names the field, the rule and the value.
     """
 
-    ratio: int = _field(4, "text tokens per memory token when the caller names no ratio")
-    ratios: tuple[int, ...] = _field(
-        (2, 4, 8, 16, 32, 64), "ratios the compressor serves, in text tokens per memory token"
+    ratio: int = described("text tokens per memory token when the caller names no ratio", default=4)
+    ratios: tuple[int, ...] = described(
+        "ratios the compressor serves, in text tokens per memory token", default=(2, 4, 8, 16, 32, 64)
     )
-    slots_per_chunk: int = _field(4, "slots in a full chunk; chunk_tokens = slots_per_chunk * ratio")
-    segment_tokens: int = _field(512, "text tokens in one encoder sequence, at most")
-    text_scope: TextScope = _field("segment", "what text attends to: earlier text of its segment, or of its chunk")
-    memory_scope: MemoryScope = _field("chunk+past", "what a slot attends to besides itself and its chunk")
-    positions: SlotPositions = _field("spread", "slots sit inside their chunk's positions, or after the segment")
-    generator_positions: GeneratorPositions = _field(
-        "contiguous", "memory tokens sit side by side in a prompt, or as far apart as the text they stand for"
+    slots_per_chunk: int = described("slots in a full chunk; chunk_tokens = slots_per_chunk * ratio", default=4)
+    segment_tokens: int = described("text tokens in one encoder sequence, at most", default=512)
+    text_scope: TextScope = described(
+        "what text attends to: earlier text of its segment, or of its chunk", default="segment"
     )
-    residual_pool: bool = _field(True, "add the mean of the generator's token embeddings over the slot's span")
-    encoder_layers: int | None = _field(None, "layers of the base model the encoder keeps, from the first; None: all")
-    lora_rank: int = _field(32, "rank of the LoRA on every linear layer of the encoder; 0: none")
-    lora_alpha: int = _field(32, "LoRA scale is lora_alpha / lora_rank")
+    memory_scope: MemoryScope = described("what a slot attends to besides itself and its chunk", default="chunk+past")
+    positions: SlotPositions = described(
+        "slots sit inside their chunk's positions, or after the segment", default="spread"
+    )
+    generator_positions: GeneratorPositions = described(
+        "memory tokens sit side by side in a prompt, or as far apart as the text they stand for", default="contiguous"
+    )
+    residual_pool: bool = described(
+        "add the mean of the generator's token embeddings over the slot's span", default=True
+    )
+    encoder_layers: int | None = described(
+        "layers of the base model the encoder keeps, from the first; None: all", default=None
+    )
+    lora_rank: int = described("rank of the LoRA on every linear layer of the encoder; 0: none", default=32)
+    lora_alpha: int = described("LoRA scale is lora_alpha / lora_rank", default=32)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "ratios", _rising("ratios", self.ratios))
         for name in ("ratio", "slots_per_chunk", "segment_tokens", "lora_alpha"):
-            object.__setattr__(self, name, check_positive(name, getattr(self, name)))
+            object.__setattr__(self, name, check_whole(name, getattr(self, name)))
         for ratio in self.ratios:
             if ratio == RAW_TEXT:
                 raise ValueError(f"ratios must be 2 or more, got {self.ratios}. Ratio 1 is the text itself.")
@@ -66,9 +76,9 @@ class PicConfig:
                     f"and ratio={ratio}."
                 )
         if self.encoder_layers is not None:
-            object.__setattr__(self, "encoder_layers", check_positive("encoder_layers", self.encoder_layers))
+            object.__setattr__(self, "encoder_layers", check_whole("encoder_layers", self.encoder_layers))
         if self.lora_rank != 0:
-            object.__setattr__(self, "lora_rank", check_positive("lora_rank", self.lora_rank))
+            object.__setattr__(self, "lora_rank", check_whole("lora_rank", self.lora_rank))
         if not isinstance(self.residual_pool, bool):
             raise ValueError(f"residual_pool must be true or false, got {self.residual_pool!r}.")
         for name, allowed in _CHOICES.items():
@@ -126,35 +136,11 @@ _CHOICES = {
 }
 
 
-def as_whole(value: Any) -> int | None:  # noqa: ANN401 - whatever the user gave
-    """The value as an int where it is a whole number, NumPy's and others' included; None where it is not.
-
-    >>> as_whole(4), as_whole("4"), as_whole(4.0), as_whole(True)
-    (4, None, None, None)
-    """
-    try:
-        return None if isinstance(value, bool) else index(value)
-    except TypeError:
-        return None
-
-
-def check_positive(name: str, value: Any) -> int:  # noqa: ANN401 - whatever the user gave
-    """The value as an int.
-
-    Raises:
-        ValueError: when it is no whole number of 1 or more.
-    """
-    number = as_whole(value)
-    if number is None or number < 1:
-        raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}.")
-    return number
-
-
 def _rising(name: str, values: Any) -> tuple[int, ...]:  # noqa: ANN401 - whatever the user gave
     """The values as a tuple, in increasing order: weights given beside them belong to them one by one."""
     if not isinstance(values, (list, tuple)) or not values:
         raise ValueError(f"{name} must be a list of at least one whole number, got {values!r}.")
-    numbers = tuple(check_positive(name, value) for value in values)
+    numbers = tuple(check_whole(name, value) for value in values)
     if any(left >= right for left, right in pairwise(numbers)):
         raise ValueError(f"{name} must be in increasing order without repeats, got {numbers}.")
     return numbers

@@ -1,6 +1,6 @@
 """The encoder: the first layers of a causal LM with LoRA, one slot embedding, and a converter to the generator's width.
 
-Only this room knows of LoRA. It receives a `Layout` and returns one vector a slot; it knows neither strings nor files.
+It receives a `Layout` and returns one vector a slot; it knows neither strings nor files.
 """
 
 from __future__ import annotations

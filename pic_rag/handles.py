@@ -69,7 +69,29 @@ def make_handle(*, source_hash: str, fingerprint: str, ratio: int, dtype: str) -
     """
     # JSON keeps the fields apart: ("ab", "c") and ("a", "bc") must not share a digest.
     parts = json.dumps([source_hash, fingerprint, ratio, dtype])
-    return f"[[pic:{hashlib.sha256(parts.encode()).hexdigest()[:32]}]]"
+    return format_handle(hashlib.sha256(parts.encode()).hexdigest()[:32])
+
+
+def format_handle(digits: str) -> str:
+    """The handle of these digits: 32, or 64 with a signature."""
+    return f"{OPENING}{digits}]]"
+
+
+def handle_digits(handle: str) -> str:
+    """The 32 digits of a handle.
+
+    Raises:
+        ValueError: It is no handle, or is signed: a signature has to be checked first.
+    """
+    match = HANDLE_PATTERN.fullmatch(handle)
+    if match is None or match.group(2):
+        raise ValueError(f"handle must be [[pic:<32 lowercase hex>]], got {handle!r}.")
+    return match.group(1)
+
+
+def placeholder(number: int) -> str:
+    """A handle that no memory has: it stands for the document, or the piece, of that number."""
+    return format_handle(f"{number:032x}")
 
 
 def find_handles(text: str) -> list[str]:

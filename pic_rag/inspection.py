@@ -172,7 +172,7 @@ def slot_attention(
         ValueError: when the compressor is not eager, the text has no token, or the ratio is not served.
     """
     decoder = compressor.encoder.decoder
-    implementation = decoder.config._attn_implementation
+    implementation = compressor.encoder.attn_implementation
     if implementation != "eager":
         raise ValueError(
             f"attn_implementation must be 'eager' to show attention weights, got {implementation!r}. "

@@ -5,6 +5,7 @@ Standard library only.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,6 +25,21 @@ def rag_messages(question: str, passages: Sequence[str]) -> list[dict[str, str]]
     return [{"role": "user", "content": f"{instruction}\n\n{shown}Question: {question}"}]
 
 
+def filled_messages(template: str, question: str, passages: Sequence[str]) -> list[dict[str, str]]:
+    r"""One chat message as an application's template has it.
+
+    Args:
+        template: text with `{context}`, where the passages go, one below the other, and `{question}`.
+        question: as asked.
+        passages: handles or texts.
+
+    >>> filled_messages("Context: {context} Question: {question}", "Who?", ["She.", "He."])
+    [{'role': 'user', 'content': 'Context: She.\n\nHe. Question: Who?'}]
+    """
+    values = {"context": "\n\n".join(passages), "question": question}
+    return [{"role": "user", "content": re.sub(r"\{(context|question)\}", lambda name: values[name[1]], template)}]
+
+
 def map_texts(content: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN401 - as chat templates take it
     """The content of a message with every text in it changed; parts that are no text, and no content, stay.
 
@@ -35,22 +51,3 @@ def map_texts(content: Any, change: Callable[[str], str]) -> Any:  # noqa: ANN40
     if isinstance(content, Mapping):
         return {**content, "text": map_texts(content["text"], change)} if "text" in content else content
     return [map_texts(part, change) for part in content] if isinstance(content, Sequence) else content
-
-
-def check_unicode(what: str, text: str) -> None:
-    """Tokenizers take no lone surrogates, which PDF extractors and JSON escapes make.
-
-    Args:
-        what: names the text in the message, such as "query".
-        text: any string.
-
-    Raises:
-        ValueError: there is one.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"{what} must be valid Unicode, got a lone surrogate at character {error.start}. "
-            'Decode with errors="replace".'
-        ) from error

@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pic_rag.prompts import check_unicode
+from pic_rag.checks import check_unicode
 
 logger = logging.getLogger(__name__)
 

@@ -1,10 +1,10 @@
-"""What every report needs: versions, a JSON file, a figure (matplotlib, the extra `plot`, without a window)."""
+"""What every report needs: versions, a JSON file, a Markdown table, a figure (by matplotlib, the extra `plot`)."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +39,26 @@ def write_json(path: str | Path, values: Mapping[str, Any]) -> None:
     """Write a report; its folder is made."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    target.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    r"""Markdown, columns aligned: the first to the left, the others to the right.
+
+    >>> print(markdown_table(["system", "F1"], [["text", "54.4"], ["none", "7.4"]]), end="")
+    | system |   F1 |
+    | ------ | ---: |
+    | text   | 54.4 |
+    | none   |  7.4 |
+    """
+    widths = [max(4, *map(len, column)) for column in zip(header, *rows, strict=True)]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def line(cells: Sequence[str]) -> str:
+        first, *others = zip(cells, widths, strict=True)
+        return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |\n"
+
+    return "".join(map(line, [header, rule, *rows]))
 
 
 def new_figure(width: float, height: float) -> Figure:

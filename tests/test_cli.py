@@ -120,6 +120,7 @@ def test_help_answers_without_a_heavy_import() -> None:
         ["eval", "--data", "q.jsonl", "--json", "o.json", "--floors", ""],
         ["eval", "--data", "q.jsonl", "--json", "o.json", "--floors", "0.5", "--systems", "pic"],
         ["eval", "--data", "q.jsonl", "--json", "o.json", "--floors", "0.5", "--task", "gsm8k"],
+        ["eval", "--data", "q.jsonl", "--json", "o.json", "--floors", "0.5", "--prompt", "{context} {question}"],
         ["eval", "--data", "q.jsonl", "--json", "o.json", "--retrieve", "2", "--examples", "e.jsonl"],
         ["eval", "--data", "q.jsonl", "--json", "./q.jsonl"],
         ["eval", "--data", "q.jsonl", "--json", "o.json", "--predictions", "o.json"],

@@ -23,7 +23,7 @@ ADAPTERS = [path for path in ROOT.glob("integrations/*/*/**/*.py") if "tests" no
 # A room may import what stands before it. Generation comes before compression, for it is the generator that says how
 # faithful a memory is; whoever only trains, measures or draws comes last.
 ORDER = """
-    config handles prompts questions
+    checks config progress handles prompts questions
     models retrieval
     chunking mask layout encoder
     memory assembler generation

@@ -7,12 +7,11 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from tqdm import tqdm
-
 from pic_rag.bulk.corpus import Corpus, Item, Status
 from pic_rag.bulk.engines import Engine, start
 from pic_rag.bulk.worker import Job
 from pic_rag.models.checkpoint import Checkpoint
+from pic_rag.progress import progress_bar
 from pic_rag.store import MemoryCache
 
 logger = logging.getLogger(__name__)
@@ -90,10 +89,8 @@ def compress_corpus(
     MemoryCache(job.store, checkpoint.fingerprint, namespace=job.namespace, at_rest=job.at_rest)  # raises, before all
     corpus = Corpus(paths, split=split)
     tally = Tally()
-    with tqdm(
-        total=None if split else len(corpus), unit="passage" if split else "document", desc="compress", delay=1.0,
-        disable=None if progress is None else not progress,
-    ) as bar:  # fmt: skip
+    total, unit = (None, "passage") if split else (len(corpus), "document")
+    with progress_bar(progress, total=total, unit=unit, desc="compress") as bar:
         for items in start(engine, corpus, job, workers=workers, ray_address=ray_address):
             for item in items:
                 tally.count(item)

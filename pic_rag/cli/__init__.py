@@ -18,7 +18,7 @@ import pic_rag
 from pic_rag.cli import ask, average, bench, compress, demo, evaluate, fetch, inspect, report, serve, study, train
 from pic_rag.cli.console import error_line, say, shown_warnings
 
-OK, FAILED, INTERRUPTED = 0, 1, 130  # argparse leaves with 2 for wrong usage
+FAILED, INTERRUPTED = 1, 130  # argparse leaves with 2 for wrong usage
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         args.ratios,
         compressor=compressor,
         task=args.task,
+        prompt=args.prompt,
         max_new_tokens=args.max_new_tokens,
         batch_size=args.batch_size,
         device=args.device,
@@ -104,9 +105,9 @@ def _check_options(args: argparse.Namespace) -> None:
     if args.floors:
         if not all(isinstance(ratio, int) for ratio in args.ratios):
             args.usage_error("--ratios must be single numbers with --floors, got ratios by rank: leave those out")
-        given = {"--systems": args.systems, "--predictions": args.predictions, "--examples": args.examples}
+        given = {name: getattr(args, name) for name in ("systems", "predictions", "examples", "prompt")}
         for option in (name for name, value in given.items() if value):
-            args.usage_error(f"--floors compares ratios of pic on questions: leave {option} out")
+            args.usage_error(f"--floors compares ratios of pic on questions: leave --{option} out")
         if args.task != "questions":
             args.usage_error(f"--floors compares ratios of pic on questions: leave --task {args.task} out")
     if args.retrieve and args.examples:
@@ -159,6 +160,11 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
         choices=("questions", "gsm8k"),
         default="questions",
         help="gsm8k: problems to solve; the final number is scored (default: questions)",
+    )
+    data.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="a user's message with {context} and {question}, as your application has it (default: the task's own)",
     )
     data.add_argument("--examples", metavar="FILE", help="gsm8k: solved problems, with rationale, to show as documents")
     data.add_argument("--shots", type=positive, default=8, metavar="N", help="gsm8k: how many of them are shown (8)")

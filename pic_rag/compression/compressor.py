@@ -12,11 +12,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pic_rag.checks import as_whole, check_unicode, check_whole
 from pic_rag.chunking import Segment, fold, place_slots, token_segments, token_windows
 from pic_rag.compression.batching import Batcher, gather
 from pic_rag.compression.fidelity import FidelityCheck
 from pic_rag.compression.ratios import Ratio, descend, ratio_of_each
-from pic_rag.config import RAW_TEXT, PicConfig, as_whole, check_positive
+from pic_rag.config import RAW_TEXT, PicConfig
 from pic_rag.encoder import PicEncoder
 from pic_rag.generation.generator import Generator
 from pic_rag.generation.sharing import shared_generator
@@ -25,7 +26,7 @@ from pic_rag.memory import Memory, hash_text
 from pic_rag.models.backbone import Backbone, ModelRef, generator_id, load_backbone
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.models.pair import load_models
-from pic_rag.prompts import check_unicode
+from pic_rag.progress import progress_bar
 
 BATCH_SIZE = 2
 """Rows encoded at once; a row holds one full segment or several short ones. Two keep a CPU's cores as busy as eight do,
@@ -208,9 +209,9 @@ class Compressor:
         self,
         texts: Sequence[str],
         ratio: Ratio = None,
+        *,
         batch_size: int | None = None,
         progress: bool | None = None,
-        *,
         min_fidelity: float | None = None,
         generator: Generator | None = None,
     ) -> list[Memory]:
@@ -237,7 +238,7 @@ class Compressor:
                 another than the memories are made for.
             TypeError: when a text is not a string, or `generator` does not run in this process.
         """
-        rows = self.batch_size if batch_size is None else check_positive("batch_size", batch_size)
+        rows = self.batch_size if batch_size is None else check_whole("batch_size", batch_size)
         texts = _check_texts(texts)
         if min_fidelity is None:
             ratios = ratio_of_each(ratio, len(texts), self.config.check_ratio)
@@ -258,8 +259,7 @@ class Compressor:
         pieces: list[list[torch.Tensor]] = [[] for _ in texts]
         text_tokens = [0] * len(texts)
         characters = sum(map(len, texts))
-        with tqdm(total=characters, unit="char", unit_scale=True, desc="compress", delay=1.0,
-                  disable=None if progress is None else not progress) as bar:  # fmt: skip
+        with progress_bar(progress, total=characters, unit="char", unit_scale=True, desc="compress") as bar:
             segments = self._segments(texts, ratios, bar)
             for batch in gather(segments, rows * self.config.segment_tokens * _LOOKAHEAD_BATCHES):
                 memories = self._batcher.encode([segment for _, segment in batch], rows)

@@ -18,6 +18,7 @@ import torch
 
 from pic_rag.chunking import text_windows, tokenize
 from pic_rag.generation.generator import Generator
+from pic_rag.handles import placeholder
 from pic_rag.memory import Memory, hash_text
 from pic_rag.prompts import repeat_messages
 
@@ -98,7 +99,7 @@ class FidelityCheck:
             replace(memory, embeddings=part, text_tokens=len(target))
             for (memory, part), target in zip(parts, targets, strict=True)
         ]
-        handles = [f"[[pic:{number:032x}]]" for number in range(len(pieces))]  # pieces of one memory share its own
+        handles = list(map(placeholder, range(len(pieces))))  # pieces of one memory share its own
         log_probs = self.generator.score(
             [repeat_messages(handle) for handle in handles],
             targets,

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pic_rag.reporting import markdown_table
+
 _BEGIN = r"<!-- pic-rag report (?P<options>[^\n]+?) -->\n"
 _END = "<!-- end of report -->"
 _MARKED = re.compile(f"({_BEGIN})(?P<table>.*?)(?:{_END}|(?=<!-- pic-rag report )|\\Z)", re.DOTALL)
@@ -91,25 +93,6 @@ def _cell(row: JsonRow, column: str) -> str:
         raise ValueError(
             f"columns must be in the report, got {column!r}, whose rows lack {error}. Leave it out."
         ) from error
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    r"""Markdown, columns aligned: the first to the left, the others to the right.
-
-    >>> print(markdown_table(["system", "F1"], [["text", "54.4"], ["none", "7.4"]]), end="")
-    | system |   F1 |
-    | ------ | ---: |
-    | text   | 54.4 |
-    | none   |  7.4 |
-    """
-    widths = [max(4, *map(len, column)) for column in zip(header, *rows, strict=True)]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return f"| {' | '.join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)])} |\n"
-
-    return "".join(map(line, [header, rule, *rows]))
 
 
 def refill(markdown: str, render: Callable[[str], str]) -> str:

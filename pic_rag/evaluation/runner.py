@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TextIO, cast
@@ -19,8 +20,10 @@ from pic_rag.compression.compressor import Compressor
 from pic_rag.compression.ratios import Ratio, ratio_of_each
 from pic_rag.evaluation.metrics import agreement, contains_answer, f1
 from pic_rag.evaluation.systems import RATIO_SYSTEMS, Shown, Systems
-from pic_rag.evaluation.tasks import TASKS, Task
+from pic_rag.evaluation.tasks import TASKS, Messages, Task
 from pic_rag.generation.answering import Generation
+from pic_rag.progress import progress_bar
+from pic_rag.prompts import filled_messages
 from pic_rag.questions import Question
 from pic_rag.reporting import versions, write_json
 
@@ -99,6 +102,7 @@ def evaluate(
     compressor: Compressor | str | Path | None = None,
     embedder: str | Path | SentenceTransformer | None = None,
     task: str = "questions",
+    prompt: str | None = None,
     max_new_tokens: int | None = None,
     batch_size: int = 8,
     device: str | torch.device | None = None,
@@ -118,6 +122,8 @@ def evaluate(
         compressor: one that is loaded, its folder or hub id, or None for the shipped one.
         embedder: sentence-transformers model of the `extract` system; None: the embedded MiniLM.
         task: a key of `pic_rag.evaluation.tasks.TASKS`: how the question is put, and what of the answer is scored.
+        prompt: a user's message with `{context}` and `{question}`, as the application to be judged has it; None: the
+            task's own.
         max_new_tokens: longest answer; None: the task's.
         batch_size: prompts decoded together.
         device: None picks cuda, mps or cpu.
@@ -128,25 +134,35 @@ def evaluate(
         progress: True shows a bar, False none; None shows one on a terminal once it takes over a second.
 
     Raises:
-        ValueError: when there are no questions, or a system, ratio or task is not served.
+        ValueError: when there are no questions, a system, ratio or task is not served, or `prompt` lacks a part.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}.")
     if not isinstance(compressor, Compressor):
         compressor = Compressor.from_pretrained(compressor, device=device, dtype=dtype)
     loading: dict[str, Any] = {"device": device, "dtype": dtype, "attn_implementation": attn_implementation}
-    served = Systems(compressor, embedder=embedder, messages=TASKS[task].messages, **loading)
+    served = Systems(compressor, embedder=embedder, messages=_messages(TASKS[task], prompt), **loading)
     ratios = [tuple(ratio) if isinstance(ratio, Sequence) else ratio for ratio in ratios]
     run = _Run(served, list(questions), TASKS[task], max_new_tokens, batch_size)
     plan = run.plan(systems, ratios)
-    with ExitStack() as open_files, tqdm(
-        total=run.answers(plan), unit="answer", desc="evaluate", delay=1.0,
-        disable=None if progress is None else not progress,
-    ) as bar:  # fmt: skip
+    with (
+        ExitStack() as open_files,
+        progress_bar(progress, total=run.answers(plan), unit="answer", desc="evaluate") as bar,
+    ):
         lines = None if predictions is None else open_files.enter_context(_create(predictions))
         rows = list(run.rows(plan, bar, lines, progress))
-    config = {"data": None if data is None else dict(data), "task": task, **run.config(systems, ratios)}
+    asked = {"data": None if data is None else dict(data), "task": task, "prompt": prompt}
+    config = asked | run.config(systems, ratios)
     return EvalReport(rows, config, versions())
+
+
+def _messages(task: Task, prompt: str | None) -> Messages:
+    """How a question is put."""
+    if prompt is None:
+        return task.messages
+    if missing := [name for name in ("{context}", "{question}") if name not in prompt]:
+        raise ValueError(f"prompt must hold {{context}} and {{question}}, got {prompt!r} without {missing[0]}.")
+    return partial(filled_messages, prompt)
 
 
 class _Run:

@@ -22,6 +22,7 @@ from pic_rag.compression.compressor import Compressor
 from pic_rag.compression.ratios import Ratio, ratio_of_each
 from pic_rag.evaluation.lingua import Lingua, LinguaError
 from pic_rag.evaluation.shortening import Shortener
+from pic_rag.evaluation.tasks import Messages
 from pic_rag.generation.answering import Generation
 from pic_rag.generation.generator import Generator
 from pic_rag.generation.reader import Reader
@@ -104,7 +105,7 @@ class Systems:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
-        messages: Callable[[str, Sequence[str]], list[dict[str, str]]] = rag_messages,
+        messages: Messages = rag_messages,
         llmlingua_python: str | Path | None = None,
         llmlingua2: str | Path | None = None,
     ) -> None:

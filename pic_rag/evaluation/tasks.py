@@ -8,12 +8,17 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
+from pic_rag.checks import check_unicode
 from pic_rag.evaluation.metrics import exact_match
-from pic_rag.prompts import check_unicode, rag_messages
+from pic_rag.prompts import rag_messages
 from pic_rag.questions import Context, Question, read_jsonl
 
 _CALCULATION = re.compile(r"<<.*?>>")  # GSM8K's calculator notes, which are no text
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+Messages = Callable[[str, Sequence[str]], list[dict[str, str]]]
+"""The prompt of a question and what is shown with it."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,7 @@ class Task:
         max_new_tokens: longest answer.
     """
 
-    messages: Callable[[str, Sequence[str]], list[dict[str, str]]]
+    messages: Messages
     answer: Callable[[str], str]
     exact_match: Callable[[str, Sequence[str]], float]
     max_new_tokens: int

@@ -1,7 +1,7 @@
 """Answers: prompts with handles in, answers out, whole or as a stream, whoever runs the model.
 
-This file knows handles, checks, batches, streams and usage. It does not know how a model is run: that is the decoder,
-`engine` in process or one in `vllm/` elsewhere.
+This file knows handles, checks, batches, streams and usage. It does not know how a model is run: that is the engine,
+in process (`engine`) or in vLLM (`vllm/`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from typing import Any, Protocol, cast
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pic_rag.assembler import Assembled, Assembler, Prompt
-from pic_rag.config import GeneratorPositions, check_positive
+from pic_rag.checks import check_whole
+from pic_rag.config import GeneratorPositions
 from pic_rag.generation.completion import Completion, FinishReason
 from pic_rag.generation.sampling import Sampling
 from pic_rag.memory import Memory
@@ -48,11 +49,18 @@ class Generation:
     cached_tokens: int = field(default=0, compare=False)
 
 
-class Decoder(Protocol):
-    """What runs a model for a generator: in process (`engine`) or elsewhere (`vllm/`)."""
+class Engine(Protocol):
+    """What runs a model for a generator.
+
+    Attributes:
+        end_token_ids: tokens that end an answer.
+        batch_size: prompts to decode together, where a call does not say.
+        context_tokens: most tokens of prompt and answer together; None: as many as the model takes.
+    """
 
     end_token_ids: frozenset[int]
     batch_size: int
+    context_tokens: int | None
 
     def decode(self, prompts: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling, /) -> None:
         """Feed every completion its tokens until it is finished. Raises what the model raises.
@@ -62,6 +70,12 @@ class Decoder(Protocol):
             completions: one for each.
             sampling: how tokens are chosen.
         """
+        ...
+
+    async def adecode(
+        self, prompts: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling, /
+    ) -> None:
+        """`decode` for coroutines."""
         ...
 
 
@@ -82,7 +96,7 @@ class BaseGenerator:
         tokenizer: PreTrainedTokenizerBase,
         *,
         model_id: str,
-        engine: Decoder,
+        engine: Engine,
         generator_positions: GeneratorPositions = "contiguous",
     ) -> None:
         self.model = model
@@ -110,9 +124,10 @@ class BaseGenerator:
 
     @property
     def context_tokens(self) -> int:
-        """Most tokens of prompt and answer together."""
+        """Most tokens of prompt and answer together: the model's, or the engine's if those are fewer."""
         config = self.model.config.get_text_config()
-        return getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
+        of_model: int = getattr(config, "max_position_embeddings", None) or self.tokenizer.model_max_length
+        return min(of_model, self._engine.context_tokens or of_model)
 
     def generate(
         self,
@@ -286,15 +301,15 @@ class BaseGenerator:
         self, prompts: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling
     ) -> None:
         try:
-            await asyncio.to_thread(self._engine.decode, prompts, completions, sampling)
+            await self._engine.adecode(prompts, completions, sampling)
         finally:
             for completion in completions:
-                completion.abandoned = True  # of a cancelled call: the thread goes on to its next token
+                completion.abandoned = True  # of a cancelled call: a thread goes on to its next token
 
     def _check_batch_size(self, batch_size: int | None) -> int:
         if batch_size is None:
             return self._engine.batch_size
-        return check_positive("batch_size", batch_size)
+        return check_whole("batch_size", batch_size)
 
     def _assemble(self, prompt: Prompt, memories: Mapping[str, Memory], max_new_tokens: int) -> Assembled:
         assembled = self._assembler.assemble(prompt, memories)

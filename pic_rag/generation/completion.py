@@ -6,7 +6,7 @@ tokenizer's `decode`; it does not know the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -121,6 +121,15 @@ class Completion:
             self._close("length")
         if self.finished and self._on_end is not None:
             self._on_end()
+
+    def extend(self, token_ids: Iterable[int], reason: FinishReason | None = None) -> None:
+        """Take the next tokens, as far as they are wanted; with a reason, end the answer behind them."""
+        for token_id in token_ids:
+            if self.finished:
+                return
+            self.push(token_id)
+        if reason is not None:
+            self.finish(reason)
 
     def finish(self, reason: FinishReason) -> None:
         """End the answer here, if it has not ended: what runs the model gives no further token."""

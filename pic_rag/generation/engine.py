@@ -6,6 +6,7 @@ that were read before are not read again. It does not know handles, chat templat
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -25,9 +26,20 @@ from transformers import (
 )
 
 from pic_rag.assembler import Assembled
-from pic_rag.config import check_positive
+from pic_rag.checks import check_whole
 from pic_rag.generation.completion import Completion
-from pic_rag.generation.prefix import PREFIX_CACHE_BYTES, Prefix, PrefixCache, join, supports_reuse
+from pic_rag.generation.prefix import (
+    PREFIX_CACHE_BYTES,
+    Block,
+    Layers,
+    Prefix,
+    PrefixCache,
+    cut,
+    join,
+    shared_blocks,
+    spares_rows,
+    supports_reuse,
+)
 from pic_rag.generation.reader import Reader
 from pic_rag.generation.sampling import Sampling
 from pic_rag.generation.turns import Turns
@@ -62,7 +74,7 @@ class _Request:
         return self.prompts[0].memory_tokens > 0
 
 
-class Engine:
+class InProcessEngine:
     """Runs one model for many threads, one batch at a time.
 
     Args:
@@ -87,11 +99,12 @@ class Engine:
         merge_calls: bool = False,
         prefix_cache_bytes: int = PREFIX_CACHE_BYTES,
     ) -> None:
-        check_positive("batch_size", batch_size)
+        check_whole("batch_size", batch_size)
         if prefix_cache_bytes < 0:
             raise ValueError(f"prefix_cache_bytes must be at least 0, got {prefix_cache_bytes}. Use 0 to keep none.")
         self.model = model
         self.batch_size = batch_size
+        self.context_tokens: int | None = None
         self.merge_calls = merge_calls
         self.end_token_ids = end_token_ids(model, tokenizer)
         self._reader = reader
@@ -107,20 +120,26 @@ class Engine:
         known = padding is not None and padding < len(cast("torch.Tensor", model.get_input_embeddings().weight))
         self._pad_token_id = padding if known else min(self.end_token_ids, default=0)
 
-    def decode(self, batch: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling) -> None:
+    def decode(self, prompts: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling, /) -> None:
         """Run the model until every completion is finished, together with alike calls that wait, with `merge_calls`.
 
         Args:
-            batch: prompts that all hold memories, or none of them does.
+            prompts: all hold memories, or none of them does.
             completions: one for each. When an error or an interrupt ends the call they are abandoned.
             sampling: how tokens are chosen.
         """
         try:
-            self._turns.take(_Request(batch, completions, sampling))
+            self._turns.take(_Request(prompts, completions, sampling))
         except BaseException:
             for completion in completions:
                 completion.abandoned = True
             raise
+
+    async def adecode(
+        self, prompts: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling, /
+    ) -> None:
+        """`decode` for coroutines, in a thread."""
+        await asyncio.to_thread(self.decode, prompts, completions, sampling)
 
     @torch.no_grad()
     def score(self, batch: Sequence[Assembled], targets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -172,29 +191,43 @@ class Engine:
         if self._prefixes is None:
             yield self._pad_embeddings(prompts, [0] * len(prompts))
             return
-        prefixes = [self._prefixes.find(prompt) for prompt in prompts]
-        for prefix, completion in zip(prefixes, completions, strict=True):
-            completion.cached_tokens = prefix.cached_tokens
-        if len(prompts) == 1:  # a batch rounds otherwise in any case, and is faster in one go
-            prefixes = [self._read_blocks(prompts[0], prefixes[0])]
+        prefixes = self._read_blocks(prompts, completions, [self._prefixes.find(prompt) for prompt in prompts])
         past = join(prefixes, self.model)
         inputs = self._pad_embeddings(prompts, [prefix.cached_tokens for prefix in prefixes])
         yield {**inputs, "past_key_values": past}
         self._prefixes.keep(prefixes, past)
 
-    def _read_blocks(self, prompt: Assembled, prefix: Prefix) -> Prefix:
-        """Read a prompt's blocks one by one, just as if those before were kept."""
-        while block := prefix.next_block:
-            past = join([block], self.model)
-            read = slice(block.cached_tokens, block.prompt_tokens)
-            self.model.get_decoder()(
-                inputs_embeds=prompt.embeddings[None, read],
-                position_ids=prompt.position_ids[None, read].to(self.model.device),
-                past_key_values=past,
-                use_cache=True,
-            )
-            prefix = prefix.with_next(past)
-        return prefix
+    def _read_blocks(
+        self, prompts: Sequence[Assembled], completions: Sequence[Completion], found: Sequence[Prefix]
+    ) -> list[Prefix]:
+        """Read by themselves, one by one, a single prompt's blocks, and those that several prompts of a batch share."""
+        ahead = shared_blocks(found)
+        if not spares_rows(found, ahead):
+            return [prefix.without_kept() for prefix in found]
+        read: dict[bytes, Layers] = {}
+        prefixes = []
+        for prompt, completion, prefix in zip(prompts, completions, found, strict=True):
+            completion.cached_tokens = prefix.cached_tokens
+            while (block := prefix.next_block) and block.name in ahead:
+                if block.name in read:
+                    completion.cached_tokens += block.end - block.start
+                else:
+                    read[block.name] = self._read_block(prompt, prefix, block)
+                prefix = prefix.with_next(read[block.name])
+            prefixes.append(prefix)
+        return prefixes
+
+    def _read_block(self, prompt: Assembled, prefix: Prefix, block: Block) -> Layers:
+        """Keys and values of a block, just as if those before it were kept."""
+        past = join([prefix], self.model)
+        rows = slice(block.start, block.end)
+        self.model.get_decoder()(
+            inputs_embeds=prompt.embeddings[None, rows],
+            position_ids=prompt.position_ids[None, rows].to(self.model.device),
+            past_key_values=past,
+            use_cache=True,
+        )
+        return cut(past, 0, block.start, block.end)
 
     def _pad_ids(self, prompts: Sequence[Assembled]) -> dict[str, torch.Tensor]:
         """`(prompts, rows)` token ids and mask: the way in that the model knows best, for prompts of text alone."""

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pic_rag.assembler import Prompt
 from pic_rag.config import GeneratorPositions
 from pic_rag.generation.answering import BaseGenerator, by_handle, groups
-from pic_rag.generation.engine import BATCH_PROMPTS, Engine
+from pic_rag.generation.engine import BATCH_PROMPTS, InProcessEngine
 from pic_rag.generation.prefix import PREFIX_CACHE_BYTES
 from pic_rag.generation.reader import Reader
 from pic_rag.memory import Memory
@@ -45,6 +45,8 @@ class Generator(BaseGenerator):
         ValueError: when `reader` is not such a folder or does not fit the model, or a number is out of range.
     """
 
+    _engine: InProcessEngine
+
     def __init__(
         self,
         model: PreTrainedModel,
@@ -58,7 +60,7 @@ class Generator(BaseGenerator):
         generator_positions: GeneratorPositions = "contiguous",
     ) -> None:
         plain = model_id(model, name)  # before the reader adds parameters of its own
-        self._engine: Engine = Engine(
+        engine = InProcessEngine(
             model,
             tokenizer,
             reader=None if reader is None else Reader(model, reader),
@@ -70,7 +72,7 @@ class Generator(BaseGenerator):
             model,
             tokenizer,
             model_id=generator_id(plain, None if reader is None else Path(reader), generator_positions),
-            engine=self._engine,
+            engine=engine,
             generator_positions=generator_positions,
         )
 

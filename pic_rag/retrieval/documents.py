@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm.auto import tqdm
+from pic_rag.progress import progress_bar
 
 logger = logging.getLogger(__name__)
 
@@ -110,8 +110,7 @@ def load_documents(
     roots = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     loaded = LoadedDocuments(documents=[], problems=[])
     found = list(find_documents(roots))
-    hidden = None if progress is None else not progress
-    for item in tqdm(found, desc="Loading documents", unit="file", delay=1.0, disable=hidden):
+    for item in progress_bar(progress, found, desc="Loading documents", unit="file"):
         try:
             if isinstance(item, DocumentError):
                 raise item

@@ -1,7 +1,7 @@
 """The folder a retriever is kept in: data files named after their content, and `retriever.json`, which names them.
 
 Readers and a killed process see the old state or the new one: the one replacement of `retriever.json` makes the new
-files count. This file does not know what is in them.
+files count. This file does not know what is in the data files.
 """
 
 from __future__ import annotations

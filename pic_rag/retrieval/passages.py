@@ -12,6 +12,7 @@ from typing import Any
 
 from langchain_text_splitters import RecursiveCharacterTextSplitter
 
+from pic_rag.checks import check_whole
 from pic_rag.retrieval.documents import Document
 
 PASSAGE_CHARACTERS = 1000
@@ -66,11 +67,11 @@ class PassageSplitter:
     def __init__(
         self, passage_characters: int = PASSAGE_CHARACTERS, overlap_characters: int = OVERLAP_CHARACTERS
     ) -> None:
-        if passage_characters < 1:
-            raise ValueError(f"passage_characters must be at least 1, got {passage_characters}.")
-        if not 0 <= overlap_characters < passage_characters:
-            rule = f"overlap_characters must be at least 0 and below passage_characters={passage_characters}"
-            raise ValueError(f"{rule}, got {overlap_characters}.")
+        passage_characters = check_whole("passage_characters", passage_characters)
+        if check_whole("overlap_characters", overlap_characters, 0) >= passage_characters:
+            raise ValueError(
+                f"overlap_characters must be below passage_characters={passage_characters}, got {overlap_characters}."
+            )
         self._splitter = RecursiveCharacterTextSplitter(
             chunk_size=passage_characters,
             chunk_overlap=overlap_characters,

@@ -21,13 +21,12 @@ import faiss
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from tqdm.auto import tqdm
 
-from pic_rag.config import check_positive
+from pic_rag.checks import check_unicode, check_whole
 from pic_rag.models.backbone import same_model
 from pic_rag.models.embedded import retriever_path
 from pic_rag.models.quiet import quiet_loading
-from pic_rag.prompts import check_unicode
+from pic_rag.progress import progress_bar
 from pic_rag.retrieval.documents import Document
 from pic_rag.retrieval.index_folder import (
     RetrieverError,
@@ -76,7 +75,7 @@ class Retriever:
             ValueError: a size is out of range.
             EmbeddedModelError: the embedded retriever is neither in the cache nor obtainable.
         """
-        check_positive("batch_size", batch_size)
+        check_whole("batch_size", batch_size)
         self._splitter = PassageSplitter(passage_characters, overlap_characters)
         self.passage_characters = passage_characters
         self.overlap_characters = overlap_characters
@@ -139,8 +138,7 @@ class Retriever:
         wanted = {passage.hash: passage for document in documents for passage in self.split(document)}
         with self._adding:
             fresh = [passage for passage in wanted.values() if passage.hash not in self._hashes]
-            hidden = None if progress is None else not progress
-            with tqdm(total=len(fresh), desc="Embedding", unit="passage", delay=1.0, disable=hidden) as bar:
+            with progress_bar(progress, total=len(fresh), desc="Embedding", unit="passage") as bar:
                 for start in range(0, len(fresh), PASSAGES_A_STEP):
                     step = fresh[start : start + PASSAGES_A_STEP]
                     self._append(step, self._model.encode_document([p.text for p in step], **self._encode_options))
@@ -180,7 +178,7 @@ class Retriever:
             TypeError: `query` is not a string.
             ValueError: `query` is blank or not valid Unicode, or `top_k` below 1.
         """
-        top_k = check_positive("top_k", top_k)
+        top_k = check_whole("top_k", top_k)
         if not isinstance(query, str):
             raise TypeError(f"query must be a string, got {type(query).__name__}. Pass the question alone.")
         check_unicode("query", query)

@@ -10,16 +10,17 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-from tqdm.auto import tqdm
-
+from pic_rag.checks import check_unicode, check_whole
 from pic_rag.compression.ratios import Ratio, descend, ratio_of_each
-from pic_rag.config import RAW_TEXT, check_positive
-from pic_rag.handles import HANDLE_PATTERN
+from pic_rag.handles import format_handle, handle_digits
 from pic_rag.memory import AtRest, Memory, MemoryFormatError, check_at_rest
-from pic_rag.prompts import check_unicode
+from pic_rag.progress import progress_bar
 from pic_rag.store.protocol import MemoryStore, check_store
+
+if TYPE_CHECKING:
+    from pic_rag.compression.compressor import Compressor
 
 logger = logging.getLogger(__name__)
 
@@ -29,41 +30,11 @@ GROUP_DOCUMENTS = 64  # written together: what a killed process loses at most
 _NAMESPACE_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
-class SupportsCompress(Protocol):
-    """What the cache asks of a compressor; `Compressor` is one."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of weights and mask settings."""
-
-    @property
-    def dtype(self) -> str:
-        """Compute dtype, such as ``"bfloat16"``."""
-
-    def handle(self, text: str, ratio: int | None = None) -> str:
-        """Handle that the memory of the text will have; a ValueError for a ratio that is not served. 1 is raw text."""
-
-    def ladder(self, ratio: int | None = None) -> Sequence[int]:
-        """Ratios to try for a wanted fidelity, from the highest down; asked for with `min_fidelity` only."""
-
-    def compress(
-        self,
-        texts: Sequence[str],
-        ratio: Ratio = None,
-        batch_size: int | None = None,
-        progress: bool | None = None,
-        *,
-        min_fidelity: float | None = None,
-        generator: Any = None,  # noqa: ANN401 - the cache only passes it on
-    ) -> list[Memory]:
-        """One memory per text, in order; the last two are given with `min_fidelity` only."""
-
-
 @dataclass(frozen=True)
 class _Way:
     """How a memory that the store lacks is made; `checking` makes the compressor check it."""
 
-    compressor: SupportsCompress
+    compressor: Compressor
     batch_size: int | None
     progress: bool | None
     checking: Mapping[str, Any] = field(default_factory=dict)
@@ -127,7 +98,7 @@ class MemoryCache:
     def get_or_compress(
         self,
         texts: Sequence[str],
-        compressor: SupportsCompress,
+        compressor: Compressor,
         ratio: Ratio = None,
         *,
         sources: Sequence[str] | None = None,
@@ -164,11 +135,11 @@ class MemoryCache:
                 than `texts`, a text is not valid Unicode, or a number is out of range. Nothing is computed then.
         """
         self._check_request(texts, compressor, sources)
-        batch_size = None if batch_size is None else check_positive("batch_size", batch_size)
+        batch_size = None if batch_size is None else check_whole("batch_size", batch_size)
         labels: Sequence[str | None] = sources if sources is not None else [None] * len(texts)
         if min_fidelity is None:
             way = _Way(compressor, batch_size, progress)
-            ratios = ratio_of_each(ratio, len(texts), lambda own: _check_served(own, compressor))
+            ratios = ratio_of_each(ratio, len(texts), compressor.config.check_ratio)
             return self._at_ratios(texts, labels, ratios, way)
         # any fidelity will do here: each ratio asked for is made, checked and kept, and `descend` picks
         way = _Way(compressor, batch_size, progress, {"min_fidelity": 0.0, "generator": generator})
@@ -195,17 +166,14 @@ class MemoryCache:
         """Handles of this compressor's memories in this namespace."""
         prefix = self._prefix
         for key in self.store.yield_keys(prefix=prefix):
-            yield f"[[pic:{key[len(prefix) :]}]]"
+            yield format_handle(key.removeprefix(prefix))
 
     @property
     def _prefix(self) -> str:
         return f"{self.namespace}/{self.fingerprint[:16]}/"
 
     def _key(self, handle: str) -> str:
-        match = HANDLE_PATTERN.fullmatch(handle)
-        if match is None or match.group(2):  # a signature has to be checked first
-            raise ValueError(f"handle must be [[pic:<32 lowercase hex>]], got {handle!r}.")
-        return self._prefix + match.group(1)
+        return self._prefix + handle_digits(handle)
 
     def _encode(self, memories: Sequence[Memory]) -> list[tuple[str, bytes]]:
         for memory in memories:
@@ -231,7 +199,7 @@ class MemoryCache:
             )
         return replace(memory, source=source)
 
-    def _check_request(self, texts: Sequence[str], compressor: SupportsCompress, sources: Sequence[str] | None) -> None:
+    def _check_request(self, texts: Sequence[str], compressor: Compressor, sources: Sequence[str] | None) -> None:
         if isinstance(texts, str):
             raise TypeError("texts must be a sequence of strings, got one string. Pass [text].")
         if sources is not None and len(sources) != len(texts):
@@ -285,17 +253,18 @@ class MemoryCache:
         handles = list(missing)
         one_group = len(handles) <= group_documents
         # Of several groups the bar is shown here; inside one group the compressor knows its progress better.
-        hidden = True if one_group or progress is False else (None if progress is None else False)
         made: dict[str, Memory] = {}
         writable = True
-        with tqdm(total=len(handles), desc="compress", unit="document", delay=1, disable=hidden) as bar:
+        shown = False if one_group else progress
+        with progress_bar(shown, total=len(handles), desc="compress", unit="document") as bar:
             for start in range(0, len(handles), group_documents):
                 group = handles[start : start + group_documents]
                 bar_inside = progress if one_group else False
                 texts, ratios, labels = zip(*(missing[handle] for handle in group), strict=True)
                 ratio = ratios[0] if len(set(ratios)) == 1 else ratios
-                memories = way.compressor.compress(texts, ratio, batch_size, bar_inside, **way.checking)
-                _check_made(group, memories)
+                memories = way.compressor.compress(
+                    texts, ratio, batch_size=batch_size, progress=bar_inside, **way.checking
+                )
                 memories = [replace(memory, source=label) for memory, label in zip(memories, labels, strict=True)]
                 made.update(zip(group, memories, strict=True))
                 writable = self._write(memories, warn=writable) and writable
@@ -329,23 +298,3 @@ class MemoryCache:
                 raise
             return refused
         return {}
-
-
-def _check_served(ratio: int | None, compressor: SupportsCompress) -> int | None:
-    """The ratio, if the compressor serves it without being asked for a fidelity."""
-    compressor.handle("", ratio)
-    if ratio == RAW_TEXT:
-        raise ValueError(
-            f"ratio must be above {RAW_TEXT} without min_fidelity, got {ratio!r}. Pass one that the compressor serves."
-        )
-    return ratio
-
-
-def _check_made(handles: Sequence[str], memories: Sequence[Memory]) -> None:
-    """A compressor that names its memories otherwise than it promised would never find them again."""
-    got = [memory.handle for memory in memories]
-    if got != list(handles):
-        raise ValueError(
-            f"compressor must make memories with the handles it names, got {got[:3]} for {list(handles)[:3]}. "
-            "Its handle() and compress() must use the same text, ratio, fingerprint and dtype."
-        )

@@ -21,7 +21,7 @@ _NEXT_STEPS = {
     "readonly": "Give this process write permission, or choose another path.",
     "read-only": "Give this process write permission, or choose another path.",
     "permission": "Give this process write permission, or choose another path.",
-    "unable to open": "Choose a path whose folder exists and is writable.",
+    "unable to open": "Choose a path whose folder exists and is writable, and have fewer files open than `ulimit -n`.",
     "no such file": "Try again: another process has moved or deleted it.",
     "exists": "Choose another path: something else is in the way.",
     "directory": "Choose another path: something else is in the way.",

@@ -368,6 +368,22 @@ def test_prompt_tokens_are_what_the_generator_sees(compressor: Compressor, syste
     assert {row.text_tokens_mean for row in rows.values()} == {sum(texts) / 3}
 
 
+def test_questions_are_put_in_the_prompt_of_an_application(compressor: Compressor, systems: Systems) -> None:
+    template = "Question: {question} Context: {context} Answer:"
+    report = run(compressor, ["text"], prompt=template)
+    counted = []
+    for asked, shown in zip(ask(), systems.show("text", ask()), strict=True):
+        text = template.replace("{question}", asked.question).replace("{context}", "\n\n".join(shown.passages))
+        counted.append(systems.plain.count_tokens([{"role": "user", "content": text}]))
+    assert report.rows[0].prompt_tokens_mean == sum(counted) / 3
+    assert report.config["prompt"] == template
+
+
+def test_a_prompt_without_a_place_for_the_documents_is_refused(compressor: Compressor) -> None:
+    with pytest.raises(ValueError, match=r"prompt must hold {context} and {question}, got 'Who\? {question}'"):
+        run(compressor, ["text"], prompt="Who? {question}")
+
+
 def test_agreement_is_with_the_full_text_answer_even_when_text_is_not_asked_for(
     compressor: Compressor, tmp_path: Path
 ) -> None:

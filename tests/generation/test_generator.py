@@ -278,8 +278,8 @@ def test_draws_follow_the_models_probabilities(generator: Generator) -> None:
 @pytest.mark.parametrize(
     ("setting", "rule"),
     [
-        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
-        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number of at least 1, got 2.5"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of 1 or more, got 0"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens must be a whole number of 1 or more, got 2.5"),
         ({"temperature": -1.0}, "temperature must be 0 or more, got -1.0"),
         ({"temperature": float("nan")}, "temperature must be 0 or more, got nan"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),

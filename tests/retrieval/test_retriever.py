@@ -342,7 +342,7 @@ def test_threads_that_add_the_same_documents_add_them_once(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"passage_characters": 0}, "passage_characters must be at least 1, got 0"),
+        ({"passage_characters": 0}, "passage_characters must be a whole number of 1 or more, got 0"),
         ({"passage_characters": 100, "overlap_characters": 100}, "below passage_characters=100, got 100"),
         ({"batch_size": 0}, "batch_size must be a whole number of 1 or more, got 0"),
     ],

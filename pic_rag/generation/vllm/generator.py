@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from pic_rag.assembler import Assembled
-from pic_rag.generation.answering import BaseGenerator, Decoder
-from pic_rag.generation.completion import Completion
-from pic_rag.generation.sampling import Sampling
+from pic_rag.generation.answering import BaseGenerator
 from pic_rag.generation.vllm.offline import OfflineEngine
 from pic_rag.generation.vllm.serve import model_folder, servable, served_names
 from pic_rag.generation.vllm.server import ServerEngine
 from pic_rag.models.backbone import end_token_ids, resolve_dtype
 from pic_rag.models.checkpoint import Checkpoint
-
-
-class VLLMDecoder(Decoder, Protocol):
-    """What vLLM is to a generator: a decoder that coroutines can wait for, with a context of its own."""
-
-    context_tokens: int
-
-    async def adecode(
-        self, prompts: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling, /
-    ) -> None:
-        """`decode` for coroutines."""
-        ...
 
 
 class VLLMGenerator(BaseGenerator):
@@ -40,8 +24,6 @@ class VLLMGenerator(BaseGenerator):
     loaded here. Greedy answers are those of the same model in process, up to the rounding of its dtype; draws
     have vLLM's random numbers, so a seed repeats its own answers but not those in process.
     """
-
-    _engine: VLLMDecoder
 
     @classmethod
     def connect(
@@ -127,20 +109,6 @@ class VLLMGenerator(BaseGenerator):
             **settings,
         )
         return cls(model, tokenizer, model_id=checkpoint.generator.id, engine=engine)
-
-    @property
-    def context_tokens(self) -> int:
-        """Most tokens of prompt and answer together: the model's, or vLLM's `max_model_len` if that is less."""
-        return min(super().context_tokens, self._engine.context_tokens)
-
-    async def _adecode(
-        self, prompts: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling, /
-    ) -> None:
-        try:
-            await self._engine.adecode(prompts, completions, sampling)
-        finally:
-            for completion in completions:
-                completion.abandoned = True  # of a cancelled call: a thread goes on to its next token
 
 
 def _skeleton(folder: str, dtype: str | torch.dtype | None) -> PreTrainedModel:

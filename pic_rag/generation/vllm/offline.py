@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pic_rag.assembler import MEMORY_ROW, Assembled
-from pic_rag.generation.completion import Completion
+from pic_rag.generation.completion import Completion, FinishReason
 from pic_rag.generation.sampling import Sampling
 from pic_rag.generation.vllm.wire import sampling_settings
 
@@ -48,7 +48,7 @@ class OfflineEngine:
         self._numbers = itertools.count()
         self._llm = _load(folder, reader, settings)
         self._reader = None if reader is None else _lora_request(reader)
-        self.context_tokens = int(self._llm.llm_engine.model_config.max_model_len)
+        self.context_tokens: int | None = int(self._llm.llm_engine.model_config.max_model_len)
 
     def decode(self, prompts: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling, /) -> None:
         """Step the engine until every completion is finished; one that needs no further token leaves it at once."""
@@ -110,12 +110,8 @@ class OfflineEngine:
 def _feed(completion: Completion, output: Any) -> None:  # noqa: ANN401 - vLLM's RequestOutput
     answer = output.outputs[0]
     completion.cached_tokens = output.num_cached_tokens or 0
-    for token_id in answer.token_ids:
-        if completion.finished:
-            return
-        completion.push(token_id)
-    if output.finished:
-        completion.finish("length" if answer.finish_reason == "length" else "stop")
+    reason: FinishReason = "length" if answer.finish_reason == "length" else "stop"
+    completion.extend(answer.token_ids, reason if output.finished else None)
 
 
 def _pop_finished(waiting: dict[str, Completion]) -> list[str]:

@@ -68,7 +68,7 @@ class ServerEngine:
         self._make_client = partial(_client, f"{self.url}/v1", api_key, timeout_s, retries)
         self._starting = threading.Lock()
         self._start()
-        self.context_tokens = self._submit(self._check_models()).result()
+        self.context_tokens: int | None = self._submit(self._check_models()).result()
 
     def decode(self, prompts: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling, /) -> None:
         """Ask for every completion at once, and wait until all are finished or one has failed."""
@@ -204,12 +204,8 @@ def _stop(client: openai.AsyncOpenAI, loop: asyncio.AbstractEventLoop) -> None:
 
 def _feed(completion: Completion, choice: dict[str, Any]) -> None:
     """Tokens of an answer, or of a piece of one."""
-    for token_id in choice.get("token_ids") or ():
-        if completion.finished:
-            return
-        completion.push(token_id)
-    if choice.get("finish_reason") in ("stop", "length"):
-        completion.finish(choice["finish_reason"])
+    reason = choice.get("finish_reason")
+    completion.extend(choice.get("token_ids") or (), reason if reason in ("stop", "length") else None)
 
 
 def _cached_tokens(answer: dict[str, Any]) -> int:
