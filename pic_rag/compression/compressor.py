@@ -95,14 +95,14 @@ class Compressor:
             ValueError: when the checkpoint is damaged, or its base model is not the one it was trained on.
         """
         checkpoint = Checkpoint.load(name_or_path)
-        base, reads = load_models(
+        base, generating = load_models(
             checkpoint, base_model, generator, device=device, dtype=dtype, attn_implementation=attn_implementation
         )
-        embeddings = reads.model.get_input_embeddings()
+        embeddings = generating.model.get_input_embeddings()
         encoder = PicEncoder(base.model, checkpoint.config, embeddings, share_embeddings=True)
         encoder.load_trained_state(checkpoint.weights)
         encoder.merge_lora()
-        checkpoint = checkpoint.with_models_at(base.name, reads.name)
+        checkpoint = checkpoint.with_models_at(base.name, generating.name)
         return cls(checkpoint, encoder, base.tokenizer, name=None if name_or_path is None else str(name_or_path))
 
     @classmethod
@@ -137,9 +137,9 @@ class Compressor:
             base = Backbone(model, tokenizer, _name(model))
         else:
             base = load_backbone(model, **loading)
-        reader = base if generator is None else Backbone(generator, base.tokenizer, _name(generator))
+        generating = base if generator is None else Backbone(generator, base.tokenizer, _name(generator))
         config = config or PicConfig()
-        embeddings = reader.model.get_input_embeddings()
+        embeddings = generating.model.get_input_embeddings()
         vocabulary = len(cast("torch.Tensor", embeddings.weight))
         if config.residual_pool and vocabulary < len(base.tokenizer):
             raise ValueError(
@@ -151,7 +151,7 @@ class Compressor:
             given = isinstance(model, PreTrainedModel)
             encoder = PicEncoder(base.model, config, embeddings, share_embeddings=not given)
         weights = {name: tensor.detach().cpu().clone() for name, tensor in encoder.trained_state().items()}
-        generator_ref = ModelRef(reader.name, generator_id(reader.ref.id, None, config.generator_positions))
+        generator_ref = ModelRef(generating.name, generator_id(generating.ref.id, None, config.generator_positions))
         return cls(Checkpoint(config, base.ref, generator_ref, weights), encoder, base.tokenizer)
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -25,16 +25,16 @@ class Nobody:
     """Stands for an engine that gives the nodes to no LLM: `response_mode` "no_text" or "context_only"."""
 
 
-def find_reader() -> BaseLLM | Nobody | None:
+def find_llm() -> BaseLLM | Nobody | None:
     """Who will read the nodes, as far as can be known. Call it in the thread and task that the engine called in."""
     engine = _calling_engine()
     synthesizer = _part(engine, "response_synthesizer", BaseSynthesizer)
     if isinstance(synthesizer, (ContextOnly, NoText)):
         return Nobody()
-    reader = _part(synthesizer or engine, "llm", BaseLLM)
-    if reader is None:
-        reader = Settings._llm  # Settings.llm would load OpenAI's when none is set
-    return reader if isinstance(reader, BaseLLM) else None
+    llm = _part(synthesizer or engine, "llm", BaseLLM)
+    if llm is None:
+        llm = Settings._llm  # Settings.llm would load OpenAI's when none is set
+    return llm if isinstance(llm, BaseLLM) else None
 
 
 def user_messages() -> list[str]:
@@ -43,7 +43,7 @@ def user_messages() -> list[str]:
     return [message for message in messages if isinstance(message, str)]
 
 
-def reads_memories(llm: BaseLLM) -> bool:
+def reads_handles(llm: BaseLLM) -> bool:
     """Whether an LLM can be asked which handles it does not know, which is what makes it read memories."""
     return callable(getattr(unwrap(llm), "unknown_handles", None))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from llama_index.core.bridge.pydantic import Field
 from llama_index.core.postprocessor.types import BaseNodePostprocessor
 from llama_index.core.schema import NodeWithScore, QueryBundle
-from llama_index.postprocessor.pic_rag.answering import Nobody, find_reader, reads_memories, unwrap, user_messages
+from llama_index.postprocessor.pic_rag.answering import Nobody, find_llm, reads_handles, unwrap, user_messages
 from llama_index.postprocessor.pic_rag.guard import watch
 from llama_index.postprocessor.pic_rag.nodes import restore_nodes, show_handle
 from llama_index.postprocessor.pic_rag.settings import CompressionSettings
@@ -48,43 +48,43 @@ class PICCompressor(CompressionSettings, BaseNodePostprocessor):
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         _refuse_handles(query_bundle)
-        return self._compress(nodes, self.llm or find_reader())
+        return self._compress(nodes, self.llm or find_llm())
 
     async def _apostprocess_nodes(
         self, nodes: list[NodeWithScore], query_bundle: QueryBundle | None = None
     ) -> list[NodeWithScore]:
         _refuse_handles(query_bundle)
-        reader = self.llm or find_reader()  # here: another thread does not see the engine
-        return await asyncio.to_thread(self._compress, nodes, reader)
+        llm = self.llm or find_llm()  # here: another thread does not see the engine
+        return await asyncio.to_thread(self._compress, nodes, llm)
 
-    def _compress(self, nodes: list[NodeWithScore], reader: Any) -> list[NodeWithScore]:
+    def _compress(self, nodes: list[NodeWithScore], llm: Any) -> list[NodeWithScore]:
         kept = nodes[: self.top_n]
-        if not self._shows_handles(reader):
+        if not self._shows_handles(llm):
             return restore_nodes(kept)
         memories = self.make_memories([node.node for node in kept])
         signer = self.signer
         handles = ["" if memory is None else signer.sign(memory.handle) for memory in memories]
-        if reader is not None:
-            self._check_known(reader, [handle for handle in handles if handle])
+        if llm is not None:
+            self._check_known(llm, [handle for handle in handles if handle])
         watch(handle for handle in handles if handle)
         numbers = range(1, len(kept) + 1)
         return [self._show(*shown) for shown in zip(restore_nodes(kept), handles, memories, numbers, strict=True)]
 
-    def _shows_handles(self, reader: Any) -> bool:
-        if isinstance(reader, Nobody):
+    def _shows_handles(self, llm: Any) -> bool:
+        if isinstance(llm, Nobody):
             return False
-        if reader is None or reads_memories(reader):
+        if llm is None or reads_handles(llm):
             return True
         if self.fallback == "error":
             raise ValueError(
-                f"llm must read memories, as PICLLM does, got {type(unwrap(reader)).__name__}. Answer with PICLLM, "
+                f"llm must read memories, as PICLLM does, got {type(unwrap(llm)).__name__}. Answer with PICLLM, "
                 'pass the LLM that answers as PICCompressor(llm=...), or choose fallback="text": the original text.'
             )
         return False
 
-    def _check_known(self, reader: Any, handles: Sequence[str]) -> None:
+    def _check_known(self, llm: Any, handles: Sequence[str]) -> None:
         """An LLM with other settings would fail at its first handle, with less to say about the reason."""
-        llm: Any = unwrap(reader)
+        llm = unwrap(llm)
         if unknown := llm.unknown_handles(handles):
             raise ValueError(
                 f"llm must find the memories that PICCompressor makes, got {len(unknown)} of {len(handles)} that "

@@ -19,7 +19,7 @@ from llama_index.core.callbacks.base_handler import BaseCallbackHandler
 from llama_index.core.instrumentation import get_dispatcher
 from llama_index.core.instrumentation.span import BaseSpan
 from llama_index.core.instrumentation.span_handlers import BaseSpanHandler
-from llama_index.postprocessor.pic_rag.answering import reads_memories, unwrap
+from llama_index.postprocessor.pic_rag.answering import reads_handles, unwrap
 
 from pic_rag import find_handles
 
@@ -61,7 +61,7 @@ class HandleGuard(BaseCallbackHandler):
             RuntimeError: it holds a handle, and the LLM reads none. (Refining synthesizers log a ValueError and go on.)
         """
         llm = _called.get()
-        if event_type == CBEventType.LLM and llm is not None and not reads_memories(llm):
+        if event_type == CBEventType.LLM and llm is not None and not reads_handles(llm):
             for handle in _watched(payload or {}):
                 raise RuntimeError(
                     f"llm must read memories, as PICLLM does, got {type(unwrap(llm)).__name__} with {handle} in its "
