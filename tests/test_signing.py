@@ -250,6 +250,15 @@ def test_a_handle_that_was_cut_is_an_error_and_not_a_text_to_guess_about(signer:
     )
 
 
+@pytest.mark.parametrize("cut", [7, 13])
+def test_what_a_short_beginning_leaves_is_an_error_and_a_digest_is_not(signer: HandleSigner, cut: int) -> None:
+    tail = signer.sign(HANDLE)[cut:]
+    with pytest.raises(ValueError, match=f"handles must be whole, got '{tail}'"):
+        signer.unsign(f"Context: {tail}")
+    digests = "[[" + "0a" * 32 + "]], [[commit " + "0a" * 20 + "]]"
+    assert signer.unsign(digests) == (digests, [])
+
+
 class BrokenStore(InMemoryByteStore):
     """Can be neither read nor written."""
 

@@ -163,8 +163,10 @@ def _add_data_options(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument(
         "--prompt",
+        type=lambda text: text.replace("\\n", "\n"),
         metavar="TEXT",
-        help="a user's message with {context} and {question}, as your application has it (default: the task's own)",
+        help="a user's message with {context} and {question}, as your application has it, \\n for a line break "
+        "(default: the task's own)",
     )
     data.add_argument("--examples", metavar="FILE", help="gsm8k: solved problems, with rationale, to show as documents")
     data.add_argument("--shots", type=positive, default=8, metavar="N", help="gsm8k: how many of them are shown (8)")

@@ -16,6 +16,7 @@ import hashlib
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import cast
 
 import torch
@@ -185,23 +186,26 @@ def shared_blocks(prefixes: Sequence[Prefix]) -> set[bytes]:
 def spares_rows(prefixes: Sequence[Prefix], ahead: Collection[bytes]) -> bool:
     """Whether reuse pays: in a batch kept rows and rows to read are padded apart, up to the most that a prompt has.
 
+    Fewer rows have to be read then, and the batch must not become much wider, for every token to come attends to all.
+
     Args:
         prefixes: of the batch's prompts.
-        ahead: names of blocks that will be there as well.
+        ahead: names of blocks that will be read by themselves.
     """
     if len(prefixes) == 1:
         return True
-    left = [prefix.prompt_tokens - _reusable_rows(prefix, ahead) for prefix in prefixes]
-    return 2 * max(left) <= max(prefix.prompt_tokens for prefix in prefixes)
+    longest = max(prefix.prompt_tokens for prefix in prefixes)
+    to_read = {block.name: block for prefix in prefixes for block in _next_blocks(prefix, ahead)}
+    reused = [max([prefix.cached_tokens, *(block.end for block in _next_blocks(prefix, ahead))]) for prefix in prefixes]
+    left = max(prefix.prompt_tokens - rows for prefix, rows in zip(prefixes, reused, strict=True))
+    alone = sum(block.end - block.start for block in to_read.values())
+    return len(prefixes) * left + alone < len(prefixes) * longest and max(reused) + left <= 1.25 * longest
 
 
-def _reusable_rows(prefix: Prefix, ahead: Collection[bytes]) -> int:
-    rows = prefix.cached_tokens
-    for block in prefix.blocks[len(prefix.kept) :]:
-        if block.name not in ahead or block.end == prefix.prompt_tokens:
-            break
-        rows = block.end
-    return rows
+def _next_blocks(prefix: Prefix, ahead: Collection[bytes]) -> Iterator[Block]:
+    """The blocks behind the kept ones that will be read by themselves."""
+    unread = prefix.blocks[len(prefix.kept) :]
+    return takewhile(lambda block: block.name in ahead and block.end < prefix.prompt_tokens, unread)
 
 
 def _prompt_columns(prefixes: Sequence[Prefix]) -> int:

@@ -67,14 +67,15 @@ class PassageSplitter:
     def __init__(
         self, passage_characters: int = PASSAGE_CHARACTERS, overlap_characters: int = OVERLAP_CHARACTERS
     ) -> None:
-        passage_characters = check_whole("passage_characters", passage_characters)
-        if check_whole("overlap_characters", overlap_characters, 0) >= passage_characters:
+        self.passage_characters = check_whole("passage_characters", passage_characters)
+        self.overlap_characters = check_whole("overlap_characters", overlap_characters, 0)
+        if self.overlap_characters >= self.passage_characters:
             raise ValueError(
                 f"overlap_characters must be below passage_characters={passage_characters}, got {overlap_characters}."
             )
         self._splitter = RecursiveCharacterTextSplitter(
-            chunk_size=passage_characters,
-            chunk_overlap=overlap_characters,
+            chunk_size=self.passage_characters,
+            chunk_overlap=self.overlap_characters,
             separators=["\n\n", "\n", ". ", " ", ""],
             keep_separator="end",
             add_start_index=True,

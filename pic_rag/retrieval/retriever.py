@@ -75,11 +75,10 @@ class Retriever:
             ValueError: a size is out of range.
             EmbeddedModelError: the embedded retriever is neither in the cache nor obtainable.
         """
-        check_whole("batch_size", batch_size)
+        self.batch_size = check_whole("batch_size", batch_size)
         self._splitter = PassageSplitter(passage_characters, overlap_characters)
-        self.passage_characters = passage_characters
-        self.overlap_characters = overlap_characters
-        self.batch_size = batch_size
+        self.passage_characters = self._splitter.passage_characters
+        self.overlap_characters = self._splitter.overlap_characters
         self._model, self.embedder = _load_embedder(embedder, device)
         probe = self._model.encode_query(["dimension"], **self._encode_options)
         self._index: faiss.Index = faiss.IndexFlatIP(probe.shape[1])

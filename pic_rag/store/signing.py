@@ -59,7 +59,10 @@ _CUT_REMEDY = (
 )
 _DOCUMENT_ROLES = ("system", "developer", "tool", "function")
 
-_CUT_HANDLE = re.compile(r"\[\[pic:[0-9a-f]{8,64}(?![0-9a-f\]])")  # and then something else, or nothing
+_CUT_HANDLE = re.compile(
+    r"\[\[pic:[0-9a-f]{8,64}(?![0-9a-f\]])"  # and then something else, or nothing
+    r"|(?<![0-9a-f:])[0-9a-f]{57,63}\]\]"  # what such a short beginning leaves; no digest is of these lengths
+)
 
 _making_key = threading.Lock()
 

@@ -43,15 +43,13 @@ class Measured:
     def __post_init__(self) -> None:
         require_path("data", self.data, optional=False)
         require_paths("bounds", self.bounds)
-        for name in ("every", "loss_steps", "max_new_tokens", "batch_size"):
-            check_whole(name, getattr(self, name))
-        check_whole("offset", self.offset, 0)
-        if self.limit is not None:
-            check_whole("limit", self.limit)
+        least = {"every": 1, "loss_steps": 1, "max_new_tokens": 1, "batch_size": 1, "offset": 0}
+        for name, number in (least if self.limit is None else {**least, "limit": 1}).items():
+            object.__setattr__(self, name, check_whole(name, getattr(self, name), number))
         if self.ratios == ():
             raise ValueError("ratios must hold at least one ratio, got none.")
         for name in ("ratios", "answer_steps"):
-            _require_each(name, getattr(self, name), 1)
+            object.__setattr__(self, name, _check_each(name, getattr(self, name), 1))
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class StudyConfig:
             raise ValueError(f"arms must be a mapping of names to changed fields, got {self.arms!r}.")
         for name, changed in {"train": self.train, **self.arms}.items():
             _check_changes(name, changed)
-        _require_each("seeds", self.seeds, 0)
+        object.__setattr__(self, "seeds", _check_each("seeds", self.seeds, 0))
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds must be different whole numbers, got {self.seeds!r}.")
         if self.reference is not None and self.reference not in self.arms:
@@ -147,8 +145,7 @@ def _check_pic(name: str, changed: Mapping[str, Any]) -> None:
         raise ValueError(f"pic of {name} must be a mapping of PicConfig's fields, got {changed['pic']!r}.")
 
 
-def _require_each(name: str, values: Any, least: int) -> None:  # noqa: ANN401 - whatever the file holds
+def _check_each(name: str, values: Any, least: int) -> tuple[int, ...]:  # noqa: ANN401 - whatever the file holds
     if not isinstance(values, (list, tuple)):
         raise ValueError(f"{name} must be a list of whole numbers, got {values!r}.")
-    for value in values:
-        check_whole(f"each of {name}", value, least)
+    return tuple(check_whole(f"each of {name}", value, least) for value in values)

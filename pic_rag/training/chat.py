@@ -154,10 +154,12 @@ class Chat:
         return np.concatenate([np.empty(0, dtype=np.int64), *token_windows(text, self.tokenizer)])
 
     def _fitted(self, shape: PromptShape) -> PromptShape:
-        """A form of prompt as the chat template takes it: without a system message where it refuses or drops that."""
+        """A form of prompt as the chat template takes it, further turns too: in one message where it refuses a role."""
         for form in (shape, partial(_one_message, shape)):
             with suppress(TemplateError):
-                if self._render(form("?", [placeholder(0)])).count(placeholder(0)) == 1:
+                messages = form("?", [placeholder(0)])
+                self._render([*messages, {"role": "assistant", "content": "!"}, {"role": "user", "content": "?"}])
+                if self._render(messages).count(placeholder(0)) == 1:
                     return form
         raise ValueError(
             "The chat template of base_model must show a user's message once and as it is, got one that does not. "

@@ -80,8 +80,8 @@ class Stage:
             raise ValueError(f"tasks of a stage must be weights of {', '.join(TASKS)}, got {self.tasks!r}.")
         if self.ratios != {} and not are_weights(self.ratios):
             raise ValueError(f"ratios of a stage must be weights of ratios, got {self.ratios!r}.")
-        for ratio in self.ratios:
-            check_whole("ratios of a stage", ratio)
+        weights = {check_whole("ratios of a stage", ratio): weight for ratio, weight in self.ratios.items()}
+        object.__setattr__(self, "ratios", weights)
 
     @classmethod
     def from_dict(cls, values: Any) -> Stage:  # noqa: ANN401 - whatever the file holds
@@ -121,7 +121,7 @@ class TrainConfig:
     documents: int = described("documents in a questions example, at most", default=5)
     distractor_share: float = described("share of one-document examples that get distractors", default=0.3)
     slots_per_chunk: tuple[int, ...] = described("slots_per_chunk drawn per example", default=(4,))
-    learning_rate: float = described("of the LoRA", default=3e-4)
+    learning_rate: float = described("of the LoRA; 0: the reader alone is trained", default=3e-4)
     converter_rate_factor: float = described("times learning_rate: converter, slot embedding and pool", default=5.0)
     reader_rank: int = described("rank of the generator's reader LoRA; 0: the generator stays frozen", default=0)
     reader_learning_rate: float = described("of the reader LoRA", default=3e-4)
@@ -178,8 +178,8 @@ class TrainConfig:
     def _check_weights(self) -> None:
         if not isinstance(self.slots_per_chunk, tuple) or not self.slots_per_chunk:
             raise ValueError(f"slots_per_chunk must be a list of whole numbers, got {self.slots_per_chunk!r}.")
-        for count in self.slots_per_chunk:
-            check_whole("slots_per_chunk", count)
+        counts = tuple(check_whole("slots_per_chunk", count) for count in self.slots_per_chunk)
+        object.__setattr__(self, "slots_per_chunk", counts)
         named = are_weights(self.questions) and all(isinstance(name, str) for name in self.questions)
         if self.questions != {} and not named:
             raise ValueError(f"questions must be a mapping of files to weights, got {self.questions!r}.")

@@ -336,6 +336,11 @@ class Trainer:
         self.end = settled_end(state, self.config)
         if self.end is not None:
             self.config = self.config.ending_at(self.end)
+        if [saved.shape for saved in state["trained"]] != [master.shape for master in self.master]:
+            raise ValueError(
+                f"out must be a new folder or hold a run of this version, got {self.config.out!r}, in which another "
+                "version trained other weights. Choose another folder, or delete this one."
+            )
         for master, saved in zip(self.master, state["trained"], strict=True):
             master.copy_(saved)
         self._publish()

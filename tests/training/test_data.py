@@ -121,6 +121,11 @@ QWEN3 = (  # an answer that is the last message is shown with an empty thought
     "{{ '<think></think>' if loop.last and m['role'] == 'assistant' }}{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+ALTERNATING = (  # Ministral's: turns take turns, whatever tools say between them
+    "{% set ns = namespace(at=0) %}{% for m in messages %}{% if m['role'] in ('user', 'assistant') %}"
+    "{% if (m['role'] == 'user') != (ns.at % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
+    "{% set ns.at = ns.at + 1 %}{% endif %}{% endfor %}" + CHATML
+)
 REWRITES = "{% for m in messages %}{{ m['role'] ~ messages | length }}: {{ m['content'] }}</s>\n{% endfor %}"
 
 
@@ -157,7 +162,11 @@ def test_an_answer_ends_as_the_chat_template_ends_it(tmp_path, tiny_tokenizer, t
     assert tokenizer.decode(posed.ids[posed.is_target]) == targets[0]
 
 
-@pytest.mark.parametrize("template", [CHATML, GEMMA, MISTRAL], ids=["all roles", "no system role", "users alone"])
+@pytest.mark.parametrize(
+    "template",
+    [CHATML, GEMMA, MISTRAL, ALTERNATING],
+    ids=["all roles", "no system role", "users alone", "turns that alternate"],
+)
 def test_every_form_of_prompt_shows_each_passage_and_the_question_once(tiny_tokenizer, template):
     tokenizer = copy.deepcopy(tiny_tokenizer)
     tokenizer.chat_template = template
@@ -167,6 +176,7 @@ def test_every_form_of_prompt_shows_each_passage_and_the_question_once(tiny_toke
     for shape in chat.shapes:
         prompt = tokenizer.apply_chat_template(shape(question, passages), tokenize=False, add_generation_prompt=True)
         assert [prompt.count(text) for text in (question, *passages)] == [1, 1, 1]
+        assert chat.converse(shape(question, passages), [(question, "Anna Holm."), ("When?", "In 1900.")])
 
 
 def test_every_question_of_a_conversation_has_its_gold_document_shown(tmp_path, tiny_tokenizer):

@@ -73,6 +73,16 @@ def test_without_a_learning_rate_the_reader_alone_is_trained(data, tmp_path):
     assert all(torch.equal(tensor, encoder[name].bfloat16()) for name, tensor in kept.items())
 
 
+def test_a_state_of_another_version_that_trained_other_weights_is_refused(data, tmp_path):
+    config = make_config(data, tmp_path, steps=2)
+    train(config, minutes=0, progress=False)
+    path = tmp_path / "training_state.pt"
+    state = torch.load(path)
+    torch.save({**state, "trained": state["trained"][1:]}, path)
+    with pytest.raises(ValueError, match="out must be a new folder or hold a run of this version"):
+        train(config, progress=False)
+
+
 @pytest.mark.parametrize("clip", [0, 0.001])
 def test_a_gradient_is_cut_at_clip_and_at_0_not_at_all(data, tmp_path, clip):
     trainer = Trainer(make_config(data, tmp_path, steps=1, clip=clip), Accelerator())

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 from langchain_core.documents import Document
@@ -21,34 +23,48 @@ def escape(value: Any) -> Any:
 
     Documents stay: theirs are what a retriever found, not what a user said.
     """
+    return _escape(value, ())
+
+
+def _escape(value: Any, within: tuple[int, ...]) -> Any:
+    """`within`: ids of what the value is a part of; what holds itself stays as it is there."""
     if isinstance(value, str):
         return escape_handles(value)
+    if isinstance(value, (PromptValue, BaseMessage)):
+        return _escape_prompt(value)
+    if id(value) in within or isinstance(value, Document):
+        return value
+    part = partial(_escape, within=(*within, id(value)))
+    if isinstance(value, dict):
+        return {key: part(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = map(part, value)
+        return value._make(items) if hasattr(value, "_make") else type(value)(items)
+    if isinstance(value, BaseModel):
+        return value.model_copy(update=_changes(value, [*type(value).model_fields, *(value.model_extra or ())], part))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        escaped: Any = copy.copy(value)  # `dataclasses.replace` would run its __init__
+        for name, field in _changes(value, [field.name for field in dataclasses.fields(value)], part).items():
+            object.__setattr__(escaped, name, field)
+        return escaped
+    return value
+
+
+def _escape_prompt(value: PromptValue | BaseMessage) -> PromptValue | BaseMessage:
     if isinstance(value, StringPromptValue):
         return StringPromptValue(text=escape_handles(value.text))
     if isinstance(value, PromptValue):
         return ChatPromptValue(messages=escape(value.to_messages()))
-    if isinstance(value, BaseMessage):
-        changed = {"content": map_content(value, escape_handles)}
-        if isinstance(value, AIMessage):
-            changed["tool_calls"] = escape(value.tool_calls)
-        return value.model_copy(update=changed)
-    if isinstance(value, dict):
-        return {key: escape(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = map(escape, value)
-        return value._make(items) if hasattr(value, "_make") else type(value)(items)
-    if isinstance(value, BaseModel) and not isinstance(value, Document):
-        return value.model_copy(update=_changes(value, [*type(value).model_fields, *(value.model_extra or ())]))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        changes = _changes(value, [field.name for field in dataclasses.fields(value) if field.init])
-        return dataclasses.replace(value, **changes) if changes else value
-    return value
+    changed: dict[str, Any] = {"content": map_content(value, escape_handles)}
+    if isinstance(value, AIMessage):
+        changed["tool_calls"] = escape(value.tool_calls)
+    return value.model_copy(update=changed)
 
 
-def _changes(value: object, names: Iterable[str]) -> dict[str, Any]:
+def _changes(value: object, names: Iterable[str], part: Callable[[Any], Any]) -> dict[str, Any]:
     """The fields that escaping changes."""
-    fields = ((name, getattr(value, name)) for name in names)
-    return {name: escaped for name, field in fields if (escaped := escape(field)) is not field}
+    fields = ((name, getattr(value, name)) for name in names if hasattr(value, name))
+    return {name: escaped for name, field in fields if (escaped := part(field)) is not field}
 
 
 escape_input: Runnable[Any, Any] = RunnableLambda(escape, name="escape_input")

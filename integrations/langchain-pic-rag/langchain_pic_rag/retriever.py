@@ -61,7 +61,11 @@ class PICRetriever(BaseRetriever):
         k = self.k if k is None else k
         config: RunnableConfig = {"callbacks": run_manager.get_child()}
         limit = _limit(self.base_retriever, "_aget_relevant_documents", k)
-        found = await self.base_retriever.ainvoke(query, config, **limit, **kwargs)
+        if not limit and (limit := _limit(self.base_retriever, "_get_relevant_documents", k)):
+            config = {"callbacks": run_manager.get_sync().get_child()}  # it has `k` in its blocking method only
+            found = await asyncio.to_thread(self.base_retriever.invoke, query, config, **limit, **kwargs)
+        else:
+            found = await self.base_retriever.ainvoke(query, config, **limit, **kwargs)
         kept = found[:k]
         return list(await self.base_compressor.acompress_documents(kept, query, callbacks=run_manager.get_child()))
 

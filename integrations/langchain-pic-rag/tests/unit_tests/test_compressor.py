@@ -256,6 +256,8 @@ def test_k_cuts_what_is_found_and_reaches_only_a_retriever_whose_own_number_it_i
         (Passing(base=store.as_retriever(search_kwargs={"k": 4})), store.similarity_search("q", k=4)[::-1][:3]),
         (Filtering(found=documents), documents[:3]),
         (SearchingInThread(found=documents), documents[:3]),
+        (SearchingInThread(found=documents, own=1), documents[:3]),
+        (SearchingInThread(found=documents, own=1).with_retry(), documents[:3]),
     ):
         made = PICRetriever(base_compressor=compressor, base_retriever=retriever, k=3)
         for shown in (made.invoke("q"), asyncio.run(made.ainvoke("q"))):
@@ -281,9 +283,10 @@ class SearchingInThread(BaseRetriever):
     """Has a number of its own, and of LangChain the asynchronous call, which has none."""
 
     found: list
+    own: int = 4
 
-    def _get_relevant_documents(self, query, *, run_manager, k=4):
-        return self.found[:k]
+    def _get_relevant_documents(self, query, *, run_manager, k=None):
+        return self.found[: k or self.own]
 
 
 def wrapped(retriever):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import NamedTuple
 
 import pytest
@@ -227,7 +227,9 @@ class Form(BaseModel):
 @dataclass(frozen=True)
 class Request:
     form: Form
-    length: int = field(init=False, default=0)
+    tokens: InitVar[int]
+    earlier: list[str] = field(init=False, default_factory=list)
+    within: list[object] = field(init=False, default_factory=list, compare=False)
 
 
 class Asked(BaseModel):
@@ -246,7 +248,11 @@ def test_escape_input_reaches_into_whatever_holds_what_users_say(shown):
     form = Form(question=typed, earlier=[Pair(typed, 1)], comment=typed)
     expected = Form(question=escaped, earlier=[Pair(escaped, 1)], comment=escaped)
     assert escape_input.invoke(form) == expected
-    assert escape_input.invoke({"request": Request(form)}) == {"request": Request(expected)}
+    request = Request(form, 5)
+    request.earlier.append(typed)
+    request.within.append(request)  # a tree whose leaves know their parents
+    escaped_request = escape_input.invoke({"request": request})["request"]
+    assert (escaped_request.form, escaped_request.earlier) == (expected, [escaped])
     assert form.question == typed
 
 
@@ -255,4 +261,4 @@ def test_escape_input_leaves_documents_and_what_holds_no_handle(compressor, docu
     assert escape_input.invoke({"context": compressed, "question": "Who?"})["context"] == compressed
     assert escape_input.invoke(Asked(question="Who?")).model_dump(exclude_unset=True) == {"question": "Who?"}
     kept = Kept("Who?")
-    assert escape_input.invoke({"kept": kept})["kept"] is kept
+    assert escape_input.invoke({"kept": kept})["kept"] == kept
