@@ -58,7 +58,7 @@ def _tool(question: str, passages: Sequence[str]) -> Messages:
     ]
 
 
-_CONTEXT_FIRST = (
+_DOCUMENTS_FIRST = (
     "{context}\n\n{question}",
     "Context:\n{context}\n\nQuestion: {question}\nAnswer:",
     "Context information is below.\n---------------------\n{context}\n---------------------\n"
@@ -73,18 +73,29 @@ _QUESTION_FIRST = (
     "Query: {question}\nSearch results:\n{context}\nAnswer the query from the search results.",
 )
 
-PROMPT_SHAPES: tuple[tuple[float, PromptShape], ...] = (
-    (0.3, rag_messages),
-    *((0.08, partial(filled_messages, template)) for template in _CONTEXT_FIRST),
-    (0.08, _system),
-    *((0.06, partial(filled_messages, template)) for template in _QUESTION_FIRST),
-    (0.06, _list_below),
-    (0.08, _tool),
+DOCUMENTS_FIRST: tuple[PromptShape, ...] = (
+    rag_messages,
+    _system,
+    *(partial(filled_messages, template) for template in _DOCUMENTS_FIRST),
 )
-"""Weights and forms of the prompts that applications really send. Where the question comes first, memories have to be
-read with it in mind: that is learned from such prompts only."""
+QUESTION_FIRST: tuple[PromptShape, ...] = (
+    *(partial(filled_messages, template) for template in _QUESTION_FIRST),
+    _list_below,
+    _tool,
+)
+PROMPT_SHAPES = (*DOCUMENTS_FIRST, *QUESTION_FIRST)
+"""Forms of the prompts that applications really send. Where the question comes first, memories have to be read with it
+in mind: that is learned from such prompts only."""
 
-SHAPE_WEIGHTS = [weight for weight, _ in PROMPT_SHAPES]
+
+def shape_weights(question_first: float) -> list[float]:
+    """How often each of `PROMPT_SHAPES` is drawn; half of those that show the documents first are pic-rag's own.
+
+    Args:
+        question_first: share of the prompts that ask before they show the documents.
+    """
+    own, others = (1 - question_first) / 2, len(DOCUMENTS_FIRST) - 1
+    return [own, *[own / others] * others, *[question_first / len(QUESTION_FIRST)] * len(QUESTION_FIRST)]
 
 
 def _one_message(shape: PromptShape, question: str, passages: Sequence[str]) -> Messages:
@@ -111,7 +122,7 @@ class Chat:
         Raises:
             ValueError: when the template does not show a user's message.
         """
-        return [self._fitted(shape) for _, shape in PROMPT_SHAPES]
+        return list(map(self._fitted, PROMPT_SHAPES))
 
     def converse(self, messages: Messages, exchanges: Sequence[tuple[str, str]]) -> Spans:
         """The rendered chat that begins with a prompt, of (question, answer) pairs: every answer is said to its end.

@@ -51,6 +51,7 @@ _WHOLE = {  # the least value of each field that counts
 }
 _NUMBERS = {  # the least and the largest value of each field that measures
     "distractor_share": (0.0, 1.0),
+    "question_first": (0.0, 1.0),
     "text_share": (0.0, 0.9),  # at 1 there would be nothing to compress
     "learning_rate": (0.0, math.inf),
     "converter_rate_factor": (0.0, math.inf),
@@ -120,6 +121,7 @@ class TrainConfig:
     turns: int = described("questions asked of the same documents in one example, at most", default=4)
     documents: int = described("documents in a questions example, at most", default=5)
     distractor_share: float = described("share of one-document examples that get distractors", default=0.3)
+    question_first: float = described("share of prompts that ask before they show the documents", default=0.3)
     slots_per_chunk: tuple[int, ...] = described("slots_per_chunk drawn per example", default=(4,))
     learning_rate: float = described("of the LoRA; 0: the reader alone is trained", default=3e-4)
     converter_rate_factor: float = described("times learning_rate: converter, slot embedding and pool", default=5.0)

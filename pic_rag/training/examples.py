@@ -17,7 +17,7 @@ from pic_rag.chunking import Segment, fold, place_slots
 from pic_rag.handles import escape_handles, placeholder
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import Question
-from pic_rag.training.chat import MEMORY, SHAPE_WEIGHTS, Chat, Dialogue, PromptShape, Spans
+from pic_rag.training.chat import MEMORY, Chat, Dialogue, PromptShape, Spans, shape_weights
 from pic_rag.training.config import TrainConfig
 from pic_rag.training.corpora import Asked, QuestionTable, TokenTable
 
@@ -89,6 +89,7 @@ class ExampleFactory:
         weights = np.array(list(questions.values()), dtype=float)
         self._question_weights = weights / weights.sum() if len(weights) else weights
         self._shapes = self.chat.shapes if self.questions else []
+        self._shape_weights = shape_weights(config.question_first)
         self._draw: dict[str, Callable[[Ratios, np.random.Generator], Example]] = {
             "reconstruct": self._reconstruct,
             "continue": self._continue,
@@ -151,7 +152,7 @@ class ExampleFactory:
             parts = self._compress(document, ratios, random)
             segments += parts
             shown.append(_memory_places(parts))
-        shape = self._shapes[random.choice(len(SHAPE_WEIGHTS), p=SHAPE_WEIGHTS)]
+        shape = self._shapes[random.choice(len(self._shapes), p=self._shape_weights)]
         spans = self._conversation(asked, shape, len(documents), random)
         teacher = self.chat.dialogue(spans, documents) if self.config.distillation else None
         return Example(segments, self.chat.dialogue(spans, shown), teacher)

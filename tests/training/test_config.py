@@ -51,7 +51,7 @@ COUNTS_OR_0 = ["reader_rank", "warmup_steps", "workers", "seed"]
 RATES = ["learning_rate", "converter_rate_factor", "reader_learning_rate", "distillation", "weight_decay", "clip"]
 
 
-SHARES = ["distractor_share", "decay_share"]
+SHARES = ["distractor_share", "question_first", "decay_share"]
 
 
 BAD_FIELDS = [

@@ -14,7 +14,7 @@ from training_runs import TEXT, make_config, make_factory, memory_places, metric
 
 from pic_rag.questions import read_questions as read_eval_questions
 from pic_rag.training.batch import StepDataset, build_batches
-from pic_rag.training.chat import PROMPT_SHAPES, Chat
+from pic_rag.training.chat import DOCUMENTS_FIRST, MEMORY, PROMPT_SHAPES, Chat, shape_weights
 from pic_rag.training.corpora import (
     Corpora,
     QuestionTable,
@@ -177,6 +177,22 @@ def test_every_form_of_prompt_shows_each_passage_and_the_question_once(tiny_toke
         prompt = tokenizer.apply_chat_template(shape(question, passages), tokenize=False, add_generation_prompt=True)
         assert [prompt.count(text) for text in (question, *passages)] == [1, 1, 1]
         assert chat.converse(shape(question, passages), [(question, "Anna Holm."), ("When?", "In 1900.")])
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_share_of_the_prompts_asks_first(tmp_path, tiny_tokenizer, share):
+    weights = shape_weights(share)
+    assert sum(weights) == pytest.approx(1)
+    assert sum(weights[len(DOCUMENTS_FIRST) :]) == pytest.approx(share)
+    rows = [{"question": "Who?", "answers": ["Anna"], "contexts": [{"text": "Anna ground rye here."}]}]
+    factory = make_factory(tmp_path, tiny_tokenizer, rows, question_first=share)
+    random = np.random.default_rng(0)
+    first = 0
+    for _ in range(200):
+        reads = factory.draw("questions", {4: 1.0}, random).reads
+        before = reads.ids[: np.flatnonzero(reads.ids == MEMORY)[0]]
+        first += "Who?" in tiny_tokenizer.decode(before)
+    assert first / 200 == pytest.approx(share, abs=0.1)
 
 
 def test_every_question_of_a_conversation_has_its_gold_document_shown(tmp_path, tiny_tokenizer):
