@@ -334,6 +334,7 @@ def test_a_run_that_is_out_of_time_says_what_it_left_out(systems: Systems) -> No
     assert "there was no time left" in report.to_markdown()
 
 
+@pytest.mark.slow
 def test_repetitions_stop_when_the_time_is_over(systems: Systems, monkeypatch) -> None:
     ticks = SimpleNamespace(monotonic=count().__next__, perf_counter=time.perf_counter)
     monkeypatch.setattr("pic_rag.benchmark.runner.time", ticks)

@@ -172,6 +172,7 @@ def test_ctrl_c_is_exit_code_130(tmp_path) -> None:
     assert complaint == "pic-rag: interrupted\n"
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_causes_no_traceback(docs, options) -> None:
     command = [
         sys.executable,
@@ -295,6 +296,7 @@ def test_two_processes_that_extend_one_index_lose_nothing(docs, options, tmp_pat
     assert len((tmp_path / "index").glob("passages.*.jsonl").__next__().read_text().splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_a_closed_standard_output_is_no_error(docs, options) -> None:
     words = [sys.executable, "-m", "pic_rag", "ask", QUESTION, "--docs", str(docs), *options]
     done = subprocess.run(["sh", "-c", f"{shlex.join(words)} >&-"], capture_output=True, text=True, check=False)

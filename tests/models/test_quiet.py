@@ -27,6 +27,7 @@ def folders(tiny_model, tiny_tokenizer, tmp_path_factory):
     return base, reader
 
 
+@pytest.mark.slow
 def test_loading_a_generator_with_its_reader_writes_nothing_outside_a_terminal(folders):
     base, reader = folders
     code = f"from pic_rag import Generator; Generator.from_pretrained({str(base)!r}, reader={str(reader)!r})"

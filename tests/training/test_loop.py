@@ -93,6 +93,7 @@ def test_a_gradient_is_cut_at_clip_and_at_0_not_at_all(data, tmp_path, clip):
     assert used == pytest.approx(clip or line["gradient_norm"], rel=1e-2)
 
 
+@pytest.mark.slow
 def test_the_loss_falls_on_a_set_small_enough_to_learn(data, tmp_path):
     fields = {"learning_rate": 1e-2, "converter_rate_factor": 1.0, "reader_rank": 8, "reader_learning_rate": 1e-2}
     train(make_config(data, tmp_path, steps=60, tasks={"questions": 1}, examples_per_step=4, **fields), progress=False)
