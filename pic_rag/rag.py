@@ -146,7 +146,7 @@ class PicRag:
             device: None picks cuda, mps or cpu.
             dtype: None picks the device's fast one.
         """
-        retriever = Retriever(embedder, device=_device_name(device))
+        retriever = Retriever(embedder, device=device)
         return cls._around(retriever, compressor, generator, store, namespace, device=device, dtype=dtype)
 
     @classmethod
@@ -182,8 +182,7 @@ class PicRag:
                 "nothing any more. Pass the folder that it is in now."
             )
         loading.setdefault("compressor", name)
-        device = _device_name(loading.get("device"))
-        retriever = Retriever.load(folder, loading.pop("embedder", None), device=device)
+        retriever = Retriever.load(folder, loading.pop("embedder", None), device=loading.get("device"))
         rag = cls._around(retriever, **loading)
         if not rag._own_store:
             rag._keep_in(Path(folder))
@@ -291,7 +290,7 @@ class PicRag:
 
         Raises:
             TypeError: when the question is not a string.
-            ValueError: when it is empty, or a setting is out of range.
+            ValueError: when it is empty, the index holds nothing to answer from, or a setting is out of range.
         """
         stream = self.stream(
             question,
@@ -331,6 +330,11 @@ class PicRag:
         ratio_of_each(ratio, 0, self.compressor.config.check_ratio if min_fidelity is None else self.compressor.ladder)
         watch = _Watch()
         hits = self.retriever.search(question, top_k)
+        if not hits and mode != "none":
+            raise ValueError(
+                "The index must hold a passage to answer from, got none. Add documents first; mode='none' asks the "
+                "model alone."
+            )
         watch.lap("retrieve")
         documents, memories = self._read(hits, ratio, min_fidelity, mode, progress)
         watch.lap("compress")
@@ -411,10 +415,6 @@ class PicRag:
         """The beginning of a text, as many tokens as its memory would have."""
         token_ids = tokenize(text, self.generator.tokenizer)["input_ids"]
         return str(self.generator.tokenizer.decode(token_ids[: -(-len(token_ids) // ratio)]))
-
-
-def _device_name(device: str | torch.device | None) -> str | None:
-    return None if device is None else str(device)
 
 
 def _is_under(path: str, roots: Sequence[Path]) -> bool:

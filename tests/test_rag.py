@@ -371,8 +371,11 @@ def test_what_is_no_index_is_an_error(tmp_path) -> None:
         PicRag.load(tmp_path)
 
 
-def test_an_index_without_documents_answers_from_none(folder, tmp_path) -> None:
-    answer = build(folder, tmp_path / "memories.sqlite", {}).ask(QUESTION, max_new_tokens=4)
+def test_an_index_without_documents_answers_only_where_none_are_wanted(folder, tmp_path) -> None:
+    empty = build(folder, tmp_path / "memories.sqlite", {})
+    with pytest.raises(ValueError, match="The index must hold a passage to answer from, got none"):
+        empty.ask(QUESTION)
+    answer = empty.ask(QUESTION, mode="none", max_new_tokens=4)
     assert answer.documents == []
     assert answer.prompt_tokens == answer.text_prompt_tokens
 

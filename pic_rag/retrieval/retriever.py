@@ -59,7 +59,7 @@ class Retriever:
         *,
         passage_characters: int = PASSAGE_CHARACTERS,
         overlap_characters: int = OVERLAP_CHARACTERS,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         batch_size: int = 32,
     ) -> None:
         """Load the embedder and start with no passages.
@@ -225,7 +225,7 @@ class Retriever:
         folder: str | os.PathLike[str],
         embedder: str | os.PathLike[str] | SentenceTransformer | None = None,
         *,
-        device: str | None = None,
+        device: str | torch.device | None = None,
         batch_size: int = 32,
     ) -> Retriever:
         """Read what `save` wrote; the arguments are those of the constructor.
@@ -295,7 +295,7 @@ class Retriever:
 
 
 def _load_embedder(
-    embedder: str | os.PathLike[str] | SentenceTransformer | None, device: str | None
+    embedder: str | os.PathLike[str] | SentenceTransformer | None, device: str | torch.device | None
 ) -> tuple[SentenceTransformer, str]:
     """Return the model and its identity, `<name>@<16 hex digits of its weights' hash>`."""
     if isinstance(embedder, SentenceTransformer):
@@ -303,7 +303,7 @@ def _load_embedder(
     else:
         name = os.fspath(retriever_path() if embedder is None else embedder)
         with quiet_loading():
-            model = SentenceTransformer(name, device=device)
+            model = SentenceTransformer(name, device=None if device is None else str(device))
     digest = hashlib.sha256()
     for key, weight in sorted(model.state_dict().items()):
         digest.update(f"{key} {tuple(weight.shape)} {weight.dtype}".encode())

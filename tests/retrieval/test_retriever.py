@@ -299,7 +299,7 @@ def test_an_embedder_is_known_by_its_weights_not_by_its_path(
 ) -> None:
     embedder.save(str(tmp_path / "moved"))
     retriever.save(tmp_path / "index")
-    loaded = Retriever.load(tmp_path / "index", tmp_path / "moved", device="cpu")
+    loaded = Retriever.load(tmp_path / "index", tmp_path / "moved", device=torch.device("cpu"))
     assert loaded.embedder.startswith("moved@")
     assert loaded.search("frogs", top_k=1)[0].passage.source == "frogs.md"
 
