@@ -24,8 +24,9 @@ from langchain_pic_rag.guard import LLM_TYPE
 from langchain_pic_rag.messages import to_prompt, tool_chunk, usage
 from langchain_pic_rag.settings import ModelSettings
 from langchain_pic_rag.store import store_name
-from langchain_pic_rag.tools import parse_calls
-from pic_rag import UnknownHandleError, shared_compressor, shared_generator
+from langchain_pic_rag.texts import content_handles
+from langchain_pic_rag.tools import CallWatch, parse_calls
+from pic_rag import UnknownHandleError, find_handles, shared_compressor, shared_generator
 
 if TYPE_CHECKING:
     import builtins
@@ -175,13 +176,11 @@ class ChatPIC(ModelSettings, BaseChatModel):
         return self.bind(tools=formatted, tool_choice=choice, **kwargs)
 
     def get_num_tokens(self, text: str) -> int:
-        """Tokens that the generator reads for a text: a handle counts as its memory tokens.
+        """Tokens that the generator reads for a text.
 
-        Raises:
-            UnknownHandleError: for a handle that it would not read.
+        A handle counts as its memory tokens, one that would not be read as the characters it is written in.
         """
-        read, handles = self.signer.unsign(text)
-        return self.get_generator().count_tokens(read, self._memories(handles))
+        return self._count(text, find_handles(text))
 
     def get_num_tokens_from_messages(
         self,
@@ -190,14 +189,21 @@ class ChatPIC(ModelSettings, BaseChatModel):
     ) -> int:
         """Tokens that the generator reads for messages: memories, the chat template and the tools included.
 
-        Raises:
-            UnknownHandleError: for a handle that it would not read.
+        Handles count as in `get_num_tokens`: memories that are trimmed may hold what a user typed, or an old one.
         """
         if not messages and not tools:  # memories that drop messages until the rest fits may have dropped all
             return 0
         prompt = to_prompt(messages, [convert_to_openai_tool(tool) for tool in tools or ()])
-        read, handles = self.signer.unsign(prompt)
-        return self.get_generator().count_tokens(read, self._memories(handles))
+        return self._count(prompt, [handle for message in messages for handle in content_handles(message)])
+
+    def _count(self, prompt: str | Sequence[Mapping[str, Any]], shown: Sequence[str]) -> int:
+        """Tokens of a prompt in which these handles stand, signed or not."""
+        signer = self.signer
+        known = {signed: handle for signed in shown if (handle := signer.verify(signed))}
+        stored = zip(known.values(), self._stored(list(known.values())), strict=True)
+        memories = {handle: memory for handle, memory in stored if memory is not None}
+        read, _ = signer.unsign(prompt, only=[signed for signed, handle in known.items() if handle in memories])
+        return self.get_generator().count_tokens(read, memories)
 
     def get_token_ids(self, text: str) -> list[int]:
         """Token ids of a text; a handle, which has none, is tokenised as the characters it is written in."""
@@ -234,6 +240,7 @@ class ChatPIC(ModelSettings, BaseChatModel):
         **kwargs: Any,
     ) -> Iterator[ChatGenerationChunk]:
         call = self._call(messages, stop, kwargs)
+        watch = CallWatch(may_call=bool(kwargs.get("tools")))
         with closing(self.get_generator().stream(call.prompt, call.memories, **call.options)) as pieces:
             while True:
                 try:
@@ -241,15 +248,13 @@ class ChatPIC(ModelSettings, BaseChatModel):
                 except StopIteration as done:
                     generation: Generation = done.value
                     break
-                if not kwargs.get("tools"):  # with tools the answer may be a call, which is read when it is whole
-                    yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
-        yield from self._last_chunks(generation, call, kwargs)
+                if said := watch.add(piece):
+                    yield ChatGenerationChunk(message=AIMessageChunk(content=said))
+        yield from self._last_chunks(generation, call, watch)
 
-    def _last_chunks(
-        self, generation: Generation, call: _Call, kwargs: builtins.dict[str, Any]
-    ) -> Iterator[ChatGenerationChunk]:
-        if kwargs.get("tools"):
-            yield tool_chunk(generation.text)
+    def _last_chunks(self, generation: Generation, call: _Call, watch: CallWatch) -> Iterator[ChatGenerationChunk]:
+        if rest := watch.rest(generation.text):
+            yield tool_chunk(rest)
         last = AIMessageChunk(
             content="",
             usage_metadata=usage(generation),
@@ -277,14 +282,15 @@ class ChatPIC(ModelSettings, BaseChatModel):
         **kwargs: Any,
     ) -> AsyncIterator[ChatGenerationChunk]:
         generator, call = await asyncio.to_thread(self._prepare, messages, stop, kwargs)
+        watch = CallWatch(may_call=bool(kwargs.get("tools")))
         # A consumer that goes away closes the pieces, which stops the model at its next token.
         async with aclosing(generator.astream(call.prompt, call.memories, **call.options)) as pieces:
             async for piece in pieces:
                 if not isinstance(piece, str):
                     generation = piece
-                elif not kwargs.get("tools"):
-                    yield ChatGenerationChunk(message=AIMessageChunk(content=piece))
-        for chunk in self._last_chunks(generation, call, kwargs):
+                elif said := watch.add(piece):
+                    yield ChatGenerationChunk(message=AIMessageChunk(content=said))
+        for chunk in self._last_chunks(generation, call, watch):
             yield chunk
 
     def _prepare(

@@ -112,7 +112,7 @@ class HandleGuard(BaseCallbackHandler):
             raise ValueError(
                 f"llm must read handles, as ChatPIC does, got {name} with {handle} in its prompt. Use ChatPIC, put "
                 "PICRestore() before the LLM, or pass llm= and fallback='text' to the compressor; in an agent, put "
-                "PICMiddleware last."
+                "PICMiddleware last and let it compress what tools retrieve as text."
             )
 
     def _concerns(self, handle: str) -> bool:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from typing import Any, Literal
 
 from langchain.agents.middleware import AgentMiddleware, ModelRequest, ModelResponse
 from langchain_core.documents import Document
-from langchain_core.messages import AnyMessage, ToolMessage
+from langchain_core.messages import AIMessage, AnyMessage, ToolMessage
 
 from langchain_pic_rag.compressor import PICCompressor
 from langchain_pic_rag.escaping import escape
 from langchain_pic_rag.guard import reads_handles
-from langchain_pic_rag.metadata import is_compressed
 from langchain_pic_rag.restoring import PICRestore
 from langchain_pic_rag.texts import content_handles, join_texts, map_content
 from pic_rag import HandleSigner, find_handles
@@ -27,12 +27,13 @@ class PICMiddleware(AgentMiddleware):
 
     Put it last: a middleware behind it that puts in another model, or adds messages, is not seen.
 
-    In a tool message that is compressed, a handle is text like any other. In messages of users and of the model itself,
-    and in tool messages left alone, handles are escaped, also signed ones: only `handle_tools` are trusted to write
-    them. Theirs stay handles in the state, and this middleware's model reads them at any age, so that a conversation
-    can be resumed after days. Another model that is given the state, as by a summarising middleware, reads them as long
-    as any handle: today and tomorrow. The system message is the application's: handles in it, such as those of
-    documents that a `dynamic_prompt` retrieved, are read as in any prompt.
+    In messages of users and of the model itself, and in tool messages, handles are text, also signed ones: only
+    `handle_tools` are trusted to write them. (A fresh one in another tool's message that nobody has written before is
+    an error: that is a retriever tool which was not named.) Theirs stay handles in the state, and this middleware's
+    model reads them at any age, so that a conversation can be resumed after days. Another model that is given the
+    state, as by a summarising middleware, reads them as long as any handle: today and tomorrow. The system message is
+    the application's: handles in it, such as those of documents that a `dynamic_prompt` retrieved, are read as in any
+    prompt.
 
     Args:
         compressor: None: `PICCompressor()`.
@@ -52,11 +53,20 @@ class PICMiddleware(AgentMiddleware):
         fallback: Literal["error", "text"] = "error",
     ) -> None:
         super().__init__()
+        for argument, names in (("tools", tools), ("handle_tools", handle_tools)):
+            if isinstance(names, str):
+                raise TypeError(f"{argument} must be a list of names, got {names!r}. Write [{names!r}].")
         self.compressor = compressor or PICCompressor()
         self.compressed_tools = None if tools is None else frozenset(tools)
         self.handle_tools = frozenset(handle_tools)
         self.min_characters = min_characters
         self.fallback = fallback
+
+    @property
+    def name(self) -> str:
+        """Its tools are in it: agents refuse two middlewares of one name."""
+        named = "" if self.compressed_tools is None else f"[{', '.join(sorted(self.compressed_tools))}]"
+        return f"{type(self).__name__}{named}"
 
     def wrap_model_call(
         self, request: ModelRequest[Any], handler: Callable[[ModelRequest[Any]], ModelResponse[Any]]
@@ -65,7 +75,7 @@ class PICMiddleware(AgentMiddleware):
 
         Raises:
             ValueError: the model cannot read handles and `fallback` is "error", or a tool that is not one of
-                `handle_tools` answers with nothing but handles, or with compressed documents as its artifact.
+                `handle_tools` answers with handles that nobody has said before.
         """
         return handler(self._prepare(request))
 
@@ -77,7 +87,8 @@ class PICMiddleware(AgentMiddleware):
 
     def _prepare(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
         signer = self.compressor.signer
-        messages = [self._admit(message, signer) for message in request.messages]
+        said = {handle for message in request.messages for handle in _said_handles(message)}
+        messages = [self._admit(message, signer, said) for message in request.messages]
         if not reads_handles(request.model):
             return self._as_text(request.override(messages=messages))
         for number, message in enumerate(request.messages):
@@ -88,10 +99,12 @@ class PICMiddleware(AgentMiddleware):
 
     def _as_text(self, request: ModelRequest[Any]) -> ModelRequest[Any]:
         if self.fallback == "error":
-            raise ValueError(
+            problem = (
                 f"model must read handles, as ChatPIC does, got {type(request.model).__name__}. Use ChatPIC, or "
                 "PICMiddleware(fallback='text') to give it the original text."
             )
+            logger.warning(problem)  # a middleware that falls back to another model takes any error for an outage
+            raise ValueError(problem)
         restore = PICRestore(
             store=self.compressor.store,
             namespace=self.compressor.namespace,
@@ -104,19 +117,26 @@ class PICMiddleware(AgentMiddleware):
             ],
         )
 
-    def _admit(self, message: AnyMessage, signer: HandleSigner) -> AnyMessage:
-        """The message with the handles that may be read: those of trusted tools, signed anew, and no others."""
+    def _admit(self, message: AnyMessage, signer: HandleSigner, said: Collection[str]) -> AnyMessage:
+        """The message with the handles that may be read: those of trusted tools, signed anew, and no others.
+
+        A tool may repeat what was `said`; handed out lately and new, a handle is that of a document it retrieved.
+        """
         if self._is_trusted(message):
             return message.model_copy(update={"content": map_content(message, lambda text: _renew(text, signer))})
-        signed = [handle for handle in content_handles(message) if signer.verify(handle, any_age=True)]
-        if signed and isinstance(message, ToolMessage):
-            remedy = "Add its name, or give that tool a retriever that does not compress."
-            if _is_handles_alone(message) or _holds_document(message.artifact, signed):
-                raise ValueError(
-                    f"handle_tools must name each tool that answers with handles, got one from {message.name!r}: "
-                    f"{signed[0]}. {remedy}"
-                )
-            logger.warning("Handles in what %r answers are text to the model. %s", message.name, remedy)
+        handles = content_handles(message)
+        own = [handle for handle in handles if handle not in said and signer.verify(handle)]
+        if isinstance(message, ToolMessage) and own:
+            raise ValueError(
+                f"handle_tools must name each tool that answers with handles, got one from {message.name!r}: {own[0]}. "
+                f"Add {message.name!r} to handle_tools, or give that tool a retriever that does not compress."
+            )
+        if any(signer.verify(handle, any_age=True) for handle in handles):
+            logger.warning(
+                "Handles in a message of type %r are text to the model, for a user may have typed them. Documents "
+                "belong into the answers of handle_tools, or into the system message, as by a dynamic_prompt.",
+                message.type,
+            )
         return escape(message)
 
     def _compresses(self, message: AnyMessage) -> bool:
@@ -136,21 +156,12 @@ def _renew(text: str, signer: HandleSigner) -> str:
     return text
 
 
-def _is_handles_alone(message: ToolMessage) -> bool:
-    """As a retriever of compressed documents answers; beside other text a handle may be what somebody typed."""
-    text = join_texts(message.content)
-    for handle in find_handles(text):
-        text = text.replace(handle, "")
-    return not text.strip()
-
-
-def _holds_document(artifact: Any, handles: Sequence[str]) -> bool:
-    """Whether it holds the document of one of these handles: the tool retrieved it and wrote something around it."""
-    documents = artifact if isinstance(artifact, (list, tuple)) else [artifact]
-    return any(
-        isinstance(document, Document) and is_compressed(document) and document.page_content in handles
-        for document in documents
-    )
+def _said_handles(message: AnyMessage) -> list[str]:
+    """Handles that a user, or the model, has written: also those in the arguments of its calls."""
+    if isinstance(message, ToolMessage):
+        return []
+    calls = message.tool_calls if isinstance(message, AIMessage) else []
+    return [*content_handles(message), *find_handles(json.dumps(calls, default=str))]
 
 
 def _is_text(message: ToolMessage) -> bool:

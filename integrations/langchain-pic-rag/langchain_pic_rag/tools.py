@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 from langchain_core.messages import InvalidToolCall, ToolCall
 from langchain_core.messages.tool import invalid_tool_call, tool_call
 
-_CALL = re.compile(r"<tool_call>\s*(.*?)\s*</tool_call>", re.DOTALL)
+_TAG = "<tool_call>"
+_CALL = re.compile(rf"{_TAG}\s*(.*?)\s*</tool_call>", re.DOTALL)
 
 
 class ToolUse(NamedTuple):
@@ -67,7 +68,40 @@ def parse_calls(answer: str) -> ToolUse:
             calls += [_read_call(call) for call in (parsed if isinstance(parsed, list) else [parsed])]
         except ValueError as error:
             invalid.append(invalid_tool_call(name=None, args=match.group(), id=_call_id(), error=str(error)))
-    return ToolUse(_CALL.sub("", answer).strip() if calls or invalid else answer, calls, invalid)
+    return ToolUse(_CALL.sub("", answer).rstrip() if calls or invalid else answer, calls, invalid)
+
+
+class CallWatch:
+    """An answer that comes in pieces: what it says before a call is shown as it comes, the rest when it is whole.
+
+    Args:
+        may_call: whether tools are bound at all.
+    """
+
+    def __init__(self, *, may_call: bool) -> None:
+        self._may_call = may_call
+        self._answer = ""
+        self._shown = 0
+
+    def add(self, piece: str) -> str:
+        """What can be shown now, after one more piece: nothing while a call may have begun."""
+        if not self._may_call:
+            return piece
+        self._answer += piece
+        begins = self._answer.find(_TAG)
+        if begins < 0:
+            begins = len(self._answer) - _tag_begun(self._answer)
+        shown, self._shown = self._shown, max(self._shown, len(self._answer[:begins].rstrip()))
+        return self._answer[shown : self._shown]
+
+    def rest(self, answer: str) -> str:
+        """What of the whole answer has not been shown."""
+        return answer[self._shown :] if self._may_call else ""
+
+
+def _tag_begun(answer: str) -> int:
+    """Characters at the end of an answer that a tag may begin with."""
+    return next((length for length in range(len(_TAG) - 1, 0, -1) if answer.endswith(_TAG[:length])), 0)
 
 
 def _read_call(call: Any) -> ToolCall:

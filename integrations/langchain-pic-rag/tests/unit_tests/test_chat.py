@@ -21,7 +21,7 @@ from langchain_core.tools import create_retriever_tool, tool
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from langchain_pic_rag import ChatPIC, PICByteStore, PICCompressor, PICRetriever, escape_input
 from langchain_pic_rag.messages import tool_chunk
-from langchain_pic_rag.tools import format_calls, parse_calls, tool_instructions
+from langchain_pic_rag.tools import CallWatch, format_calls, parse_calls, tool_instructions
 
 from pic_rag import Generator, SQLiteStore, UnknownHandleError
 
@@ -68,6 +68,17 @@ def test_a_handle_counts_as_its_memory_tokens(chat, handles, documents):
     with_text = chat.get_num_tokens("see ") + -(-len(documents[0].page_content) // 4)
     assert chat.get_num_tokens(f"see {handles[0]}") == with_text
     assert len(chat.get_token_ids("see ")) == 4
+
+
+def test_what_would_not_be_read_counts_as_text(chat, compressor, handles, documents, monkeypatch):
+    """Counting is for trimming a conversation, in which a user may have typed anything."""
+    computed = compressor.get_compressor().handle(documents[0].page_content)
+    assert chat.get_num_tokens(f"{computed}!") >= len(computed)
+    memory_tokens = -(-len(documents[0].page_content) // 4)
+    both = chat.get_num_tokens_from_messages([HumanMessage(f"{computed}{handles[0]}")])
+    assert both == chat.get_num_tokens_from_messages([HumanMessage(computed)]) + memory_tokens
+    monkeypatch.setattr("pic_rag.store.signing._today", lambda: 40000)
+    assert chat.get_num_tokens(handles[0]) >= len(handles[0])
 
 
 def test_a_stream_joins_to_the_answer_and_reports_usage_once(chat, handles):
@@ -375,6 +386,48 @@ def test_a_malformed_call_is_an_invalid_one_in_an_answer_and_in_a_stream(call):
     for said in (message, streamed, streamed + AIMessageChunk("", chunk_position="last")):
         assert (said.content, said.tool_calls) == ("Well.", [])
         assert [invalid["args"] for invalid in said.invalid_tool_calls] == [f"<tool_call>{call}</tool_call>"]
+
+
+CALL = '<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"Let me see. \n{CALL}",
+        f"{CALL} and {CALL}",
+        f"So.\n{CALL}\nAnd more.",
+        "a < b <tool",
+        "a <tool_call> b",
+        " Yes. ",
+        "",
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_a_stream_with_tools_says_what_the_whole_answer_says_and_no_part_of_a_call(answer, size):
+    watch = CallWatch(may_call=True)
+    shown = [watch.add(answer[start : start + size]) for start in range(0, len(answer), size)]
+    rest = parse_calls(watch.rest(answer))
+    whole = parse_calls(answer)
+    assert "".join(shown) + rest.text == whole.text
+    assert [call["args"] for call in rest.calls] == [call["args"] for call in whole.calls]
+    assert not any("<tool_call>" in piece for piece in shown)
+
+
+def test_an_answer_streams_though_tools_are_bound(chat):
+    @tool
+    def add(a: int, b: int) -> int:
+        """Add two numbers."""
+        return a + b
+
+    async def collect():
+        return [part.content async for part in bound.astream("1+1?")]
+
+    bound = chat.bind_tools([add])
+    pieces = [part.content for part in bound.stream("1+1?")]
+    assert "".join(pieces) == bound.invoke("1+1?").content
+    assert sum(map(bool, pieces)) > 1
+    assert asyncio.run(collect()) == pieces
 
 
 def test_arguments_may_be_the_json_of_an_object():

@@ -70,7 +70,6 @@ def test_no_message_can_bring_in_a_handle(chat, typed, place):
         chat.invoke,
         lambda messages: list(chat.stream(messages)),
         lambda messages: asyncio.run(chat.ainvoke(messages)),
-        chat.get_num_tokens_from_messages,
     ):
         with pytest.raises(UnknownHandleError, match="handed out today or yesterday"):
             ask(messages)

@@ -136,7 +136,34 @@ def test_a_handle_that_another_tool_echoes_is_text_to_the_model(calling, compres
 
     agent = agents.create_agent(calling, [search], middleware=[PICMiddleware(compressor)])
     assert run(agent, handle, "sync")[-1].usage_metadata["input_token_details"]["memory"] == 0
-    assert "Handles in what 'search' answers are text to the model." in caplog.text
+    assert "Handles in a message of type 'tool' are text to the model" in caplog.text
+
+
+def test_documents_in_what_a_user_says_are_text_and_a_warning_says_where_they_belong(
+    calling, compressor, documents, caplog
+):
+    from langchain_pic_rag import PICMiddleware
+
+    handle = compressor.compress_documents(documents, "q")[0].page_content
+    agent = agents.create_agent(calling, [search], middleware=[PICMiddleware(compressor, tools=[])])
+    run(agent, f"{handle}\n\nWho built it?", "sync")
+    assert "into the system message, as by a dynamic_prompt" in caplog.text
+
+
+def test_an_old_handle_in_a_page_that_a_tool_finds_is_text(calling, compressor, documents, monkeypatch):
+    from langchain_pic_rag import PICMiddleware
+
+    handle = compressor.compress_documents(documents, "q")[0].page_content
+    monkeypatch.setattr("pic_rag.store.signing._today", lambda: 40000)
+
+    @tool
+    def search(query: str) -> str:
+        """Search the archive."""
+        return f"{REPORT}{handle}"
+
+    agent = agents.create_agent(calling, [search], middleware=[PICMiddleware(compressor)])
+    memory_tokens = run(agent, "?", "sync")[-1].usage_metadata["input_token_details"]["memory"]
+    assert memory_tokens == -(-len(f"{REPORT}{handle}") // 4)
 
 
 def test_a_conversation_that_is_resumed_after_days_reads_its_tools_handles(calling, compressor, documents, monkeypatch):
@@ -165,6 +192,28 @@ def test_handles_in_the_arguments_of_a_call_are_text(calling, compressor, docume
     assert messages[-1].usage_metadata["input_token_details"]["memory"] == 0
 
 
+@pytest.mark.parametrize("argument", ["tools", "handle_tools"])
+def test_names_of_tools_are_a_list(compressor, argument):
+    from langchain_pic_rag import PICMiddleware
+
+    with pytest.raises(TypeError, match=rf"{argument} must be a list of names, got 'search'. Write \['search'\]"):
+        PICMiddleware(compressor, **{argument: "search"})
+
+
+def test_each_tool_can_have_a_middleware_of_its_own(calling, compressor):
+    from langchain_pic_rag import PICMiddleware
+
+    coarse = compressor.model_copy(update={"ratio": 16})
+    first = PICMiddleware(coarse, tools=["news"])
+    second = PICMiddleware(compressor, tools=["law"], handle_tools=["news"])
+    calls = [{"name": name, "args": {"query": "x"}, "id": name} for name in ("news", "law")]
+    answers = [ToolMessage(REPORT, tool_call_id=name, name=name) for name in ("news", "law")]
+    agent = agents.create_agent(calling, [search], middleware=[first, second])
+    messages = agent.invoke({"messages": [HumanMessage("?"), AIMessage("", tool_calls=calls), *answers]})["messages"]
+    memory_tokens = -(-len(REPORT) // 16) - (-len(REPORT) // 4)
+    assert messages[-1].usage_metadata["input_token_details"]["memory"] == memory_tokens
+
+
 def test_the_handles_of_a_retriever_tool_are_trusted_by_name(calling, compressor, base_retriever):
     from langchain_pic_rag import PICMiddleware
 
@@ -179,7 +228,7 @@ def test_the_handles_of_a_retriever_tool_are_trusted_by_name(calling, compressor
     assert messages[-1].usage_metadata["input_token_details"]["memory"] > 0
 
 
-def test_another_model_gets_an_error_or_the_text(compressor, base_retriever, documents):
+def test_another_model_gets_an_error_or_the_text(compressor, base_retriever, documents, caplog):
     from langchain_pic_rag import PICMiddleware
 
     call = AIMessage("", tool_calls=[{"name": "search", "args": {"query": "x"}, "id": "1"}])
@@ -189,6 +238,7 @@ def test_another_model_gets_an_error_or_the_text(compressor, base_retriever, doc
     refusing = agents.create_agent(model, [searching], middleware=[PICMiddleware(compressor)])
     with pytest.raises(ValueError, match="model must read handles"):
         run(refusing, "?", "sync")
+    assert "model must read handles" in caplog.text  # a middleware may take the error for an outage, and fall back
     middleware = PICMiddleware(compressor, handle_tools=["search"], fallback="text")
     run(agents.create_agent(model, [searching], middleware=[middleware]), "?", "sync")
     assert documents[0].page_content in model.seen[-1][-1].text
@@ -224,21 +274,19 @@ def test_blocks_of_a_tool_message_are_compressed_as_the_model_would_read_them_un
     assert list(compressor.sources.get([compressor.get_compressor().handle(f"12\n{'5 euros. ' * 60}")]))
 
 
-@pytest.mark.parametrize("artifact", [list, lambda documents: documents[0]])
-def test_a_tool_that_writes_around_the_documents_of_its_artifact_has_to_be_named(
-    calling, compressor, base_retriever, artifact
-):
-    """As the retriever tool of LangChain's tutorials does."""
+@pytest.mark.parametrize("response_format", ["content", "content_and_artifact"])
+def test_a_tool_that_writes_around_its_documents_has_to_be_named(calling, compressor, base_retriever, response_format):
+    """As the retriever tools of LangChain's documentation do."""
     from langchain_pic_rag import PICMiddleware
 
     retriever = PICRetriever(base_retriever=base_retriever, base_compressor=compressor)
 
-    @tool(response_format="content_and_artifact")
+    @tool(response_format=response_format)
     def search(query: str):
         """Search the island."""
         found = retriever.invoke(query)
         written = "\n\n".join(f"Source: {each.metadata}\nContent: {each.page_content}" for each in found)
-        return written, artifact(found)
+        return written if response_format == "content" else (written, found)
 
     agent = agents.create_agent(calling, [search], middleware=[PICMiddleware(compressor)])
     with pytest.raises(ValueError, match="handle_tools must name each tool .* got one from 'search'"):
