@@ -128,6 +128,7 @@ def test_help_answers_without_a_heavy_import() -> None:
         ["eval", "--data", "q.jsonl", "--json", f"{__file__}/o.json"],
         ["bench", "--out", __file__],
         ["compress", "--docs", "a.md", "--out", ""],
+        ["train", "smoke", "--out", ""],
         ["ask", QUESTION, "--docs", "a.md", "--index", ""],
         ["bench", "--patience-s", "inf"],
         ["report", "--update", "a.md", "--columns", "f1"],

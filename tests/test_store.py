@@ -939,7 +939,7 @@ def test_a_memory_that_the_store_refuses_costs_the_others_nothing(
         memories, _ = cache.get_or_compress(texts, compressor, sources=sources)
         assert [memory.handle in cache for memory in memories] == [True, False, True]
     [record] = caplog.records
-    assert re.match(r"The memory of 2\.md is used but not kept: Value of default/.* at most", record.getMessage())
+    assert re.match(r"The store does not keep the memory of 2\.md: Value of default/.* at most", record.getMessage())
 
 
 def test_a_store_that_refuses_everything_is_one_warning(caplog: pytest.LogCaptureFixture) -> None:
@@ -954,7 +954,7 @@ def test_a_store_that_refuses_everything_is_one_warning(caplog: pytest.LogCaptur
     with caplog.at_level(logging.WARNING):
         cache.get_or_compress([f"text {number}" for number in range(2 * GROUP_DOCUMENTS)], compressor)
     [record] = caplog.records
-    assert record.getMessage().startswith("The store could not be written; memories are used but not kept: I/O")
+    assert record.getMessage().startswith("The store could not be written, so it does not keep the memories: I/O")
 
 
 def test_threads_share_one_cache(own_store: SQLiteStore | ShardStore) -> None:

@@ -38,9 +38,9 @@ def run(args: argparse.Namespace) -> int:
     if args.columns or args.rows:
         args.usage_error("--update reads --columns and --rows above each table: leave them out")
     for path in map(Path, args.update):
-        with path.open(encoding="utf-8", newline="") as reader:
-            ends = "\r\n" if "\r\n" in reader.read() else "\n"
-        path.write_text(updated(path), encoding="utf-8", newline=ends)
+        text = updated(path)
+        ends = "\r\n" if b"\r\n" in path.read_bytes() else "\n"
+        path.write_text(text, encoding="utf-8", newline=ends)
         print(path)
     return 0
 

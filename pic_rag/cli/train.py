@@ -8,7 +8,7 @@ from dataclasses import MISSING, fields
 from typing import Any
 
 from pic_rag.cli.console import calm_libraries
-from pic_rag.cli.options import Commands, add_command, minutes, progress, show_bars
+from pic_rag.cli.options import Commands, add_command, minutes, new_folder, progress, show_bars
 from pic_rag.config import PicConfig
 from pic_rag.training.config import CONFIGS, Stage, TrainConfig, find_config
 
@@ -30,7 +30,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--finish", action="store_true", help="end the run within --minutes: cut or extend its last stages to fit"
     )
-    parser.add_argument("--out", metavar="DIR", help="folder of the run, in place of the configuration's")
+    parser.add_argument(
+        "--out", type=new_folder, metavar="DIR", help="folder of the run, in place of the configuration's"
+    )
     parser.set_defaults(run=run, usage_error=parser.error)
 
 
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from pic_rag.training.guards import sigterm_interrupts
     from pic_rag.training.loop import train
 
-    overrides = {} if args.out is None else {"out": args.out}
+    overrides = {} if args.out is None else {"out": str(args.out)}
     config = TrainConfig.load(find_config(args.config), **overrides)
     calm_libraries(bars=show_bars(args))
     with sigterm_interrupts():

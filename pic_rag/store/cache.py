@@ -278,12 +278,12 @@ class MemoryCache:
             refused = self._set(pairs)
         except Exception as error:  # a store of another library raises what it likes, and the memories are at hand
             level = logging.WARNING if warn else logging.DEBUG
-            logger.log(level, "The store could not be written; memories are used but not kept: %s", error)
+            logger.log(level, "The store could not be written, so it does not keep the memories: %s", error)
             return False
         for memory, (key, _) in zip(memories, pairs, strict=True):
             if key in refused:
                 name = memory.source or memory.handle
-                logger.warning("The memory of %s is used but not kept: %s", name, refused[key])
+                logger.warning("The store does not keep the memory of %s: %s", name, refused[key])
         return True
 
     def _set(self, pairs: Sequence[tuple[str, bytes]]) -> dict[str, ValueError]:

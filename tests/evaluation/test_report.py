@@ -81,6 +81,12 @@ def test_a_table_without_an_end_is_named_and_nothing_is_lost(tmp_path, capsys) -
         assert (tmp_path / "a.md").read_text() == page
 
 
+def test_a_file_that_is_not_utf_8_is_named(tmp_path, capsys) -> None:
+    (tmp_path / "a.md").write_bytes(b"\xff\xfe")
+    assert main(["report", "--update", str(tmp_path / "a.md")]) == 1
+    assert "a.md: 'utf-8' codec can't decode" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "wrong"),
     [("--columsn f1", "unrecognized arguments: --columsn f1"), ("--rows 'text", "No closing quotation")],

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 _REMEDY = (
     "This namespace of the store has neither its memory, made by this compressor, nor its text. Compress its document "
-    "again; keep_source=True keeps the text too."
+    "again; keep_source=True keeps the text too. A store that could not be written has logged a warning."
 )
 _SAMPLING = ("max_tokens", "temperature", "top_p", "seed")
 
