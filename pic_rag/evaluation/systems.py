@@ -195,7 +195,7 @@ class Systems:
         options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
         if system.endswith(_READER):
             generator, reader = self._text_reader
-            with reader.on():
+            with reader.switched(on=True):
                 answers = generator.generate(asked, **options)
         else:
             answers = generator.generate(asked, memories, **options)

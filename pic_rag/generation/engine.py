@@ -138,8 +138,14 @@ class InProcessEngine:
     async def adecode(
         self, prompts: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling, /
     ) -> None:
-        """`decode` for coroutines, in a thread."""
-        await asyncio.to_thread(self.decode, prompts, completions, sampling)
+        """`decode` for coroutines, in a thread, which a cancelled call gives back at once or at its next token."""
+        try:
+            await asyncio.to_thread(self.decode, prompts, completions, sampling)
+        except asyncio.CancelledError:
+            for completion in completions:
+                completion.abandoned = True
+            self._turns.wake()
+            raise
 
     @torch.no_grad()
     def score(self, batch: Sequence[Assembled], targets: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -182,7 +188,7 @@ class InProcessEngine:
     @contextmanager
     def _exclusive(self, reading: bool) -> Iterator[None]:
         """The model for one thread, its reader on for prompts with memories."""
-        with self._lock, self._reader.on() if self._reader and reading else nullcontext():
+        with self._lock, self._reader.switched(on=reading) if self._reader else nullcontext():
             yield
 
     @contextmanager

@@ -50,10 +50,14 @@ class Reader:
             self._switch(False)
 
     @contextmanager
-    def on(self) -> Iterator[None]:
-        """Switch the LoRA on inside a `with` block. The caller sees to it that nobody else uses the model meanwhile."""
+    def switched(self, *, on: bool) -> Iterator[None]:
+        """The LoRA on, or off, inside a `with` block, and off behind it.
+
+        The caller sees to it that nobody else uses the model meanwhile. Off is a switch as well: an interrupt may have
+        left the LoRA on in part.
+        """
         try:
-            self._switch(True)
+            self._switch(on)
             yield
         finally:
             self._switch(False)
@@ -68,11 +72,11 @@ class _Sums:
             (weight, weight.data + cast("Any", layer).get_delta_weight("default").to(weight.dtype))
             for weight, layer in zip(weights, layers, strict=True)
         ]
-        self._own: list[torch.Tensor] = []  # while the sums are in their place
+        self._own: list[torch.Tensor] = []  # while the sums are in their place, or some of them
 
     def switch(self, on: bool) -> None:
         if on:
-            self._own = [weight.data for weight, _ in self._weights]
+            self._own = self._own or [weight.data for weight, _ in self._weights]
             for weight, merged in self._weights:
                 weight.data = merged.to(weight.data)  # the model may have been moved since
         else:

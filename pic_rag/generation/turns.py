@@ -50,9 +50,10 @@ class Turns(Generic[R]):
     def __init__(self, run: Callable[[list[R]], None], joins: Callable[[R, Sequence[R]], bool]) -> None:
         self._run = run
         self._joins = joins
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # taken as it is: an interrupt could fall into the condition's own `with`
+        self._changed = threading.Condition(self._lock)
         self._waiting: list[_Ticket[R]] = []
-        self._running = False
+        self._group: list[_Ticket[R]] = []  # that runs now; the first one's thread runs it
 
     def take(self, request: R) -> None:
         """Wait for a turn, and return when the request is finished.
@@ -64,37 +65,43 @@ class Turns(Generic[R]):
             Exception: what `run` raised for this request.
         """
         ticket = _Ticket(request)
-        with self._changed:
-            self._waiting.append(ticket)
         try:
+            with self._lock:
+                self._waiting.append(ticket)
             while not ticket.settled:
                 if group := self._wait(ticket):
                     self._lead(group)
         finally:
-            with self._changed:
-                if ticket in self._waiting:
-                    self._waiting.remove(ticket)
-                self._changed.notify_all()
+            self._leave(ticket)
         if ticket.error is not None:
             raise ticket.error
 
     def wake(self) -> None:
         """Tell waiting threads that a request is finished."""
-        with self._changed:
+        with self._lock:
+            self._changed.notify_all()
+
+    def _leave(self, ticket: _Ticket[R]) -> None:
+        """Wait and lead no more, wherever the thread was interrupted."""
+        with self._lock:
+            if self._group[:1] == [ticket]:
+                self._waiting[:0] = [other for other in self._group if not other.settled and other not in self._waiting]
+                self._group = []
+            if ticket in self._waiting:
+                self._waiting.remove(ticket)
             self._changed.notify_all()
 
     def _wait(self, ticket: _Ticket[R]) -> list[_Ticket[R]]:
         """The group to run; empty when the ticket was settled by another thread meanwhile."""
-        with self._changed:
-            self._changed.wait_for(lambda: ticket.settled or (not self._running and self._waiting[0] is ticket))
+        with self._lock:
+            self._changed.wait_for(lambda: ticket.settled or (not self._group and self._waiting[0] is ticket))
             if ticket.settled:
                 return []
             group = [ticket]
             for other in self._waiting[1:]:
                 if self._may_join(other, group):
                     group.append(other)
-            self._waiting = [other for other in self._waiting if other not in group]
-            self._running = True
+            self._waiting, self._group = [other for other in self._waiting if other not in group], group
             return group
 
     def _may_join(self, other: _Ticket[R], group: Sequence[_Ticket[R]]) -> bool:
@@ -112,13 +119,13 @@ class Turns(Generic[R]):
                 raise
             self._settle(group, error)
         finally:
-            with self._changed:
-                self._running = False
+            with self._lock:
+                self._group = []
                 self._changed.notify_all()
 
     def _settle(self, group: list[_Ticket[R]], error: Exception | None = None) -> None:
         """Mark a group as done, but for requests that have a second try after an error."""
-        with self._changed:
+        with self._lock:
             again = [
                 ticket
                 for ticket in group

@@ -90,11 +90,12 @@ class Retriever:
     def _make_locks(self) -> None:
         self._lock = threading.Lock()  # of passages and index, which go together
         self._adding = threading.Lock()
+        self._saving = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy or a pickle holds: all but the locks, as it is at one moment."""
         with self._lock:
-            state = {name: value for name, value in vars(self).items() if name not in ("_lock", "_adding")}
+            state = {name: value for name, value in vars(self).items() if name not in ("_lock", "_adding", "_saving")}
             own = {name: copy.copy(state[name]) for name in ("_passages", "_hashes", "_states")}
             return {**state, **own, "_index": faiss.clone_index(self._index)}
 
@@ -208,16 +209,17 @@ class Retriever:
             RetrieverError: this was loaded from or saved to that folder, and somebody else has saved there since.
         """
         folder = Path(folder).absolute()
-        with self._lock:
-            index = faiss.serialize_index(self._index).tobytes()
-            lines = "".join(_to_json(passage) + "\n" for passage in self._passages).encode()
         settings = {
             "embedder": self.embedder,
             "passage_characters": self.passage_characters,
             "overlap_characters": self.overlap_characters,
         }
-        files = {"index.faiss": index, "passages.jsonl": lines}
-        self._states[folder] = write_folder(folder, settings, files, self._states.get(folder))
+        with self._saving:  # threads one after the other, so that none takes another's state for somebody else's
+            with self._lock:
+                index = faiss.serialize_index(self._index).tobytes()
+                lines = "".join(_to_json(passage) + "\n" for passage in self._passages).encode()
+            files = {"index.faiss": index, "passages.jsonl": lines}
+            self._states[folder] = write_folder(folder, settings, files, self._states.get(folder))
 
     @classmethod
     def load(
@@ -275,10 +277,17 @@ class Retriever:
         return {"batch_size": self.batch_size, "normalize_embeddings": True, "show_progress_bar": False}
 
     def _append(self, passages: list[Passage], embeddings: np.ndarray) -> None:
+        rows, hashes, known = np.ascontiguousarray(embeddings, dtype=np.float32), self._hashes, len(self._passages)
         with self._lock:
-            self._passages.extend(passages)
-            self._index.add(np.ascontiguousarray(embeddings, dtype=np.float32))
-            self._hashes.update(passage.hash for passage in passages)
+            try:
+                self._index.add(rows)
+                self._passages.extend(passages)
+                self._hashes = hashes | {passage.hash for passage in passages}
+            except BaseException:  # Ctrl-C: rows and passages still go together
+                self._index.remove_ids(faiss.IDSelectorRange(known, self._index.ntotal))
+                del self._passages[known:]
+                self._hashes = hashes
+                raise
 
     def _replace(self, is_replaced: Callable[[Passage], bool], wanted: Mapping[str, Passage]) -> int:
         """Of these passages, keep the wanted ones, by hash, as they are now; returns how many went."""
@@ -287,10 +296,13 @@ class Retriever:
         }
         kept = [wanted.get(passage.hash, passage) for row, passage in enumerate(self._passages) if row not in gone]
         hashes = {passage.hash for passage in kept}
-        with self._lock:  # searches go on until here; nobody else changes passages, see `_adding`
+        index = self._index
+        if gone:
+            index = faiss.clone_index(index)  # whoever interrupts this leaves rows and passages that go together
             # later rows move up, as in the list
-            self._index.remove_ids(faiss.IDSelectorBatch(np.array(sorted(gone), dtype=np.int64)))
-            self._passages, self._hashes = kept, hashes
+            index.remove_ids(faiss.IDSelectorBatch(np.array(sorted(gone), dtype=np.int64)))
+        with self._lock:  # searches go on until here; nobody else changes passages, see `_adding`
+            self._index, self._passages, self._hashes = index, kept, hashes
         return len(gone)
 
 

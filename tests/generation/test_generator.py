@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
 import subprocess
@@ -211,6 +212,25 @@ def test_an_abandoned_stream_stops_the_model_and_frees_it(generator: Generator) 
     assert len(generator.generate("Who?", max_new_tokens=2)) == 1
 
 
+def test_a_cancelled_call_that_waits_for_its_turn_gives_its_thread_back(generator: Generator) -> None:
+    engine = generator._engine
+
+    async def cancel() -> None:
+        with engine._lock:  # somebody else's answer
+            first = asyncio.ensure_future(generator.agenerate(["a"], max_new_tokens=2))
+            while not engine._turns._group:
+                await asyncio.sleep(0.01)
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(generator.agenerate(["b"], max_new_tokens=2), timeout=0.2)
+            deadline = time.monotonic() + 10
+            while engine._turns._waiting and time.monotonic() < deadline:
+                await asyncio.sleep(0.01)
+            assert not engine._turns._waiting
+        await first
+
+    asyncio.run(cancel())
+
+
 def test_a_stream_that_is_never_read_runs_nothing(generator: Generator) -> None:
     stream = generator.stream("Who?", max_new_tokens=1500)
     assert len(generator.generate("Who?", max_new_tokens=2)) == 1
@@ -372,7 +392,7 @@ def test_a_merged_reader_says_what_one_added_at_every_token_says(
 ) -> None:
     inputs = generator.tokenizer("Who was it?", return_tensors="pt")
     added = PeftModel.from_pretrained(copy.deepcopy(tiny_model), reader)
-    with torch.no_grad(), reading._engine._reader.on():
+    with torch.no_grad(), reading._engine._reader.switched(on=True):
         assert torch.allclose(reading.model(**inputs).logits, added(**inputs).logits, atol=1e-4)
 
 
@@ -394,7 +414,7 @@ def test_a_reader_that_is_more_than_a_lora_is_on_as_a_whole_and_off_as_a_whole(
     inputs = generator.tokenizer("Who was it?", return_tensors="pt")
     with torch.no_grad():
         assert torch.equal(model(**inputs).logits, tiny_model(**inputs).logits)
-        with reader.on():
+        with reader.switched(on=True):
             assert torch.allclose(model(**inputs).logits, adapted(**inputs).logits, atol=1e-4)
         assert torch.equal(model(**inputs).logits, tiny_model(**inputs).logits)
 
@@ -408,7 +428,7 @@ def test_a_model_that_is_moved_after_its_reader_was_added_reads_on(
     inputs = generator.tokenizer("Who was it?", return_tensors="pt")
     with torch.no_grad():
         before = model(**inputs).logits
-        with added.on():
+        with added.switched(on=True):
             assert not torch.equal(model(**inputs).logits, before)
         assert torch.equal(model(**inputs).logits, before)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
@@ -428,7 +448,22 @@ def test_an_interrupt_while_the_reader_is_switched_on_leaves_the_model_as_it_was
             raise KeyboardInterrupt
 
     monkeypatch.setattr(added, "_switch", interrupted)
-    with pytest.raises(KeyboardInterrupt), added.on():
+    with pytest.raises(KeyboardInterrupt), added.switched(on=True):
+        pass
+    assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_reader_that_an_interrupt_has_left_on_in_part_is_off_after_the_next_call(
+    reader: Path, tiny_model: PreTrainedModel, on: bool
+) -> None:
+    model = copy.deepcopy(tiny_model)
+    added = Reader(model, reader)
+    before = [parameter.clone() for parameter in model.parameters()]
+    added._switch(True)
+    weight, _ = added._switch.__self__._weights[0]
+    weight.data = added._switch.__self__._own[0]  # so far it came
+    with added.switched(on=on):
         pass
     assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
 
@@ -444,7 +479,7 @@ def test_where_the_head_is_the_embeddings_a_reader_on_it_changes_no_embedding(
     get_peft_model(copy.deepcopy(model), lora).save_pretrained(str(tmp_path))
     reader = Reader(model, tmp_path)
     before = model.get_input_embeddings().weight.clone()
-    with reader.on():
+    with reader.switched(on=True):
         assert torch.equal(model.get_input_embeddings().weight, before)
 
 

@@ -136,6 +136,26 @@ def test_an_interrupt_is_for_the_thread_that_runs_and_the_others_go_on(line: Lin
     line.turns.take(Job("b"))
 
 
+def test_an_interrupt_between_taking_a_group_and_running_it_holds_up_nobody(line: Line) -> None:
+    jobs = [Job("a"), Job("a")]
+    lead = line.turns._lead
+
+    def interrupt_first(group: list) -> None:
+        if group[0].request is jobs[0]:
+            raise KeyboardInterrupt
+        lead(group)
+
+    [first] = line.submit_behind([])
+    line.turns._lead = interrupt_first
+    hit, other = line.submit(jobs)
+    line.go.set()
+    assert [first.result(10), other.result(10)] == [None, None]
+    with pytest.raises(KeyboardInterrupt):
+        hit.result(10)
+    assert [job.finished for job in jobs] == [False, True]
+    line.turns.take(Job("b"))
+
+
 def test_a_job_that_is_no_longer_wanted_is_not_run(line: Line) -> None:
     jobs = [Job("a"), Job("a")]
     _, gone, wanted = line.submit_behind(jobs)

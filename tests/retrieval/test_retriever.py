@@ -8,8 +8,12 @@ import os
 import pickle
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import faiss
+import numpy as np
 import pytest
 import torch
 from sentence_transformers import SentenceTransformer
@@ -406,3 +410,52 @@ def test_a_text_that_was_added_from_many_sources_takes_one_place_among_the_hits(
     query = "Where do frogs hide blood?"
     assert [hit.passage.source for hit in retriever.search(query, 2)] == ["copy-0.md", "trams.md"]
     assert [hit.passage.source for hit in retriever.search(query, 5)] == ["copy-0.md", "trams.md"]
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+class Interrupting:
+    """An index in which Ctrl-C comes just after a change."""
+
+    def __init__(self, index: faiss.Index) -> None:
+        self.index = index
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.index, name)
+
+    def add(self, rows: np.ndarray) -> None:
+        self.index.add(rows)
+        interrupt()
+
+
+def test_an_interrupt_leaves_rows_and_passages_that_go_together(
+    retriever: Retriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = retriever.search("hospital tram", top_k=3)
+    more = Document.from_text("The ferry to Amsel leaves at noon.", source="ferry.md")
+    index = retriever._index
+    retriever._index = Interrupting(index)
+    with pytest.raises(KeyboardInterrupt):
+        retriever.add([more])
+    retriever._index = index
+    monkeypatch.setattr(faiss, "IDSelectorBatch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        retriever.remove_where(lambda passage: passage.source == found[0].passage.source)
+    assert retriever._index.ntotal == len(retriever) == len(TEXTS)
+    assert retriever.search("hospital tram", top_k=3) == found
+    assert retriever.add([more]) == 1
+
+
+def test_threads_that_add_and_save_into_one_folder_are_not_somebody_else(retriever: Retriever, tmp_path: Path) -> None:
+    retriever.save(tmp_path)
+
+    def add(number: int) -> None:
+        retriever.add([Document.from_text(f"The ferry has {number} seats.", source=f"{number}.md")])
+        retriever.save(tmp_path)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(add, range(20)))
+    assert {passage.source for passage in retriever.passages} >= {f"{number}.md" for number in range(20)}
+    assert Retriever.load(tmp_path, retriever._model).passages == retriever.passages
