@@ -145,9 +145,9 @@ class RecordingLLM(PICLLM):
 
     asked: list = Field(default_factory=list)
 
-    def _answer(self, prompt, settings):
-        response = super()._answer(prompt, settings)
-        self.asked.append(("\n".join(message["content"] for message in prompt), response.raw["usage"]))
+    def _answer(self, make_prompt, settings):
+        response = super()._answer(make_prompt, settings)
+        self.asked.append(("\n".join(message["content"] for message in make_prompt()), response.raw["usage"]))
         return response
 
 
