@@ -277,16 +277,17 @@ class Retriever:
         return {"batch_size": self.batch_size, "normalize_embeddings": True, "show_progress_bar": False}
 
     def _append(self, passages: list[Passage], embeddings: np.ndarray) -> None:
-        rows, hashes, known = np.ascontiguousarray(embeddings, dtype=np.float32), self._hashes, len(self._passages)
+        """Add passages that are not here yet with their `(passages, dimensions)` embeddings; interrupted, none."""
+        rows, known = np.ascontiguousarray(embeddings, dtype=np.float32), len(self._passages)
         with self._lock:
             try:
                 self._index.add(rows)
                 self._passages.extend(passages)
-                self._hashes = hashes | {passage.hash for passage in passages}
+                self._hashes.update(passage.hash for passage in passages)
             except BaseException:  # Ctrl-C: rows and passages still go together
                 self._index.remove_ids(faiss.IDSelectorRange(known, self._index.ntotal))
                 del self._passages[known:]
-                self._hashes = hashes
+                self._hashes.difference_update(passage.hash for passage in passages)
                 raise
 
     def _replace(self, is_replaced: Callable[[Passage], bool], wanted: Mapping[str, Passage]) -> int:

@@ -114,40 +114,19 @@ def test_a_started_job_is_not_run_again(line: Line) -> None:
     assert not jobs[0].finished
 
 
-def test_an_interrupt_is_for_the_thread_that_runs_and_the_others_go_on(line: Line) -> None:
+@pytest.mark.parametrize("step", ["_run", "_lead"])
+def test_an_interrupt_is_for_the_thread_that_runs_and_the_others_go_on(line: Line, step: str) -> None:
+    """Ctrl-C comes at any moment: while a group runs, or when it was taken out of the line and does not run yet."""
     jobs = [Job("a"), Job("a")]
-    interrupted = False
-    run = line.turns._run
-
-    def interrupt_once(group: list[Job]) -> None:
-        nonlocal interrupted
-        if group[0].kind == "a" and not interrupted:
-            interrupted = True
-            raise KeyboardInterrupt
-        run(group)
-
-    line.turns._run = interrupt_once
-    first, hit, other = line.submit_behind(jobs)
-    line.go.set()
-    assert [first.result(10), other.result(10)] == [None, None]
-    with pytest.raises(KeyboardInterrupt):
-        hit.result(10)
-    assert [job.finished for job in jobs] == [False, True]
-    line.turns.take(Job("b"))
-
-
-def test_an_interrupt_between_taking_a_group_and_running_it_holds_up_nobody(line: Line) -> None:
-    jobs = [Job("a"), Job("a")]
-    lead = line.turns._lead
+    go_on = getattr(line.turns, step)
 
     def interrupt_first(group: list) -> None:
-        if group[0].request is jobs[0]:
+        if getattr(group[0], "request", group[0]) is jobs[0]:
             raise KeyboardInterrupt
-        lead(group)
+        go_on(group)
 
-    [first] = line.submit_behind([])
-    line.turns._lead = interrupt_first
-    hit, other = line.submit(jobs)
+    setattr(line.turns, step, interrupt_first)
+    first, hit, other = line.submit_behind(jobs)
     line.go.set()
     assert [first.result(10), other.result(10)] == [None, None]
     with pytest.raises(KeyboardInterrupt):

@@ -189,7 +189,7 @@ class ChatPIC(ModelSettings, BaseChatModel):
     ) -> int:
         """Tokens that the generator reads for messages: memories, the chat template and the tools included.
 
-        Handles count as in `get_num_tokens`: memories that are trimmed may hold what a user typed, or an old one.
+        Handles count as in `get_num_tokens`: a user may have typed one, or it has grown old.
         """
         if not messages and not tools:  # memories that drop messages until the rest fits may have dropped all
             return 0
