@@ -27,6 +27,7 @@ from pic_rag.prompts import filled_messages
 from pic_rag.questions import Question
 from pic_rag.reporting import versions, write_json
 
+_REFERENCES = {"text": "agreement", "text+reader": "reader_agreement"}  # answers to agree with, and what that is called
 _LOOKAHEAD_BATCHES = 8  # batches given to the generator at once: it decodes prompts of like length together
 
 
@@ -43,7 +44,7 @@ class EvalRow:
         em: exact match.
         contains_answer: share of the answers that hold a right answer, word for word.
         agreement: F1 against the same generator's answer from the full text, over the questions whose full text fits
-            the generator's context; None when none does.
+            the generator's context; None when none does, or where `text` is no system of the run.
         reader_agreement: the same against the answer that the generator with its reader gives from the full text; None
             where `text+reader` is no system of the run.
         prompt_tokens_mean: rows the generator read for a question whose prompt fits: memory tokens, question, markers.
@@ -147,7 +148,7 @@ def evaluate(
     plan = run.plan(systems, ratios)
     with (
         ExitStack() as open_files,
-        progress_bar(progress, total=run.answers(plan), unit="answer", desc="evaluate") as bar,
+        progress_bar(progress, total=len(run.questions) * len(plan), unit="answer", desc="evaluate") as bar,
     ):
         lines = None if predictions is None else open_files.enter_context(_create(predictions))
         rows = list(run.rows(plan, bar, lines, progress))
@@ -166,7 +167,7 @@ def _messages(task: Task, prompt: str | None) -> Messages:
 
 
 class _Run:
-    """The questions of a run, and their answers from the full text."""
+    """The questions of a run, and how systems are asked them."""
 
     def __init__(
         self, systems: Systems, questions: list[Question], task: Task, max_new_tokens: int | None, batch_size: int
@@ -197,20 +198,16 @@ class _Run:
             for ratio in (served if system in RATIO_SYSTEMS else (None,))
         ]
 
-    def answers(self, plan: Sequence[tuple[str, Ratio]]) -> int:
-        """Answers to generate; those from the full text are needed in any case."""
-        return len(self.questions) * len({*plan, ("text", None)})
-
     def rows(
         self, plan: Sequence[tuple[str, Ratio]], bar: tqdm, lines: TextIO | None, progress: bool | None
     ) -> Iterator[EvalRow]:
         """Answer and score, row by row."""
-        full_text = self._answer("text", None, bar, progress)
-        read = self._answer("text+reader", None, bar, progress) if ("text+reader", None) in plan else None
-        known = {"text": full_text, "text+reader": read}
+        references = {
+            system: self._answer(system, None, bar, progress) for system in _REFERENCES if (system, None) in plan
+        }
         for system, ratio in plan:
-            given = known.get(system) or self._answer(system, ratio, bar, progress)
-            scored = [self._score(number, given, full_text, read) for number in range(len(self.questions))]
+            given = references.get(system) or self._answer(system, ratio, bar, progress)
+            scored = [self._score(number, given, references) for number in range(len(self.questions))]
             if lines is not None:
                 for line in scored:
                     lines.write(
@@ -256,35 +253,30 @@ class _Run:
             )
             bar.update(len(shown[part]))
 
-    def _score(self, number: int, given: _Answers, full_text: _Answers, read: _Answers | None) -> dict[str, Any]:
+    def _score(self, number: int, given: _Answers, references: Mapping[str, _Answers]) -> dict[str, Any]:
         """One line of the predictions."""
-        question, reference = self.questions[number], full_text.generations[number]
-        read_reference = None if read is None else read.generations[number]
+        question, generation = self.questions[number], given.generations[number]
+        full_text = {system: answers.generations[number] for system, answers in references.items()}
         return {
             "id": question.id,
             "question": question.question,
             "answers": list(question.answers),
-            **self._judge(given.generations[number], question.answers, reference),
-            "reader_agreement": self._agreement(given.generations[number], read_reference),
+            **self._judge(generation, question.answers),
+            **{name: self._agreement(generation, full_text.get(system)) for system, name in _REFERENCES.items()},
+            "prompt_tokens": None if generation is None else generation.prompt_tokens,
             "text_tokens": self.text_tokens[number],
         }
 
-    def _judge(
-        self, generation: Generation | None, answers: Sequence[str], reference: Generation | None
-    ) -> dict[str, Any]:
-        """An answer's scores: 0 where the prompt was too long; no agreement where the full text was."""
-        agreed = self._agreement(generation, reference)
+    def _judge(self, generation: Generation | None, answers: Sequence[str]) -> dict[str, Any]:
+        """What was said and its scores: 0 where the prompt was too long."""
         if generation is None:
-            nothing = dict.fromkeys(("f1", "em", "contains_answer"), 0.0)
-            return {"prediction": None, **nothing, "agreement": agreed, "prompt_tokens": None}
+            return {"prediction": None, "f1": 0.0, "em": 0.0, "contains_answer": 0.0}
         said = self.task.answer(generation.text)
         return {
             "prediction": said,
             "f1": f1(said, answers),
             "em": self.task.exact_match(said, answers),
             "contains_answer": contains_answer(said, answers),
-            "agreement": agreed,
-            "prompt_tokens": generation.prompt_tokens,
         }
 
     def _agreement(self, generation: Generation | None, reference: Generation | None) -> float | None:

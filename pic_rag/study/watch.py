@@ -84,7 +84,8 @@ class Watch:
         folder = trainer.out / COMPRESSOR_FOLDER
         trainer.export(folder)
         systems = ("pic", "text+reader") if trainer.config.reader_rank else ("pic",)
-        return answers(self.measured, self.questions, systems, folder, trainer, self.progress)
+        rows = answers(self.measured, self.questions, ("text", *systems), folder, trainer, self.progress)
+        return [row for row in rows if row.system in systems]  # full text is there to agree with
 
 
 def answers(

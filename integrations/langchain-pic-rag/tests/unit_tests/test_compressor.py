@@ -419,6 +419,27 @@ def test_restore_puts_the_text_into_any_kind_of_prompt(compressor, documents):
         PICRestore(store=compressor.store, namespace="other").invoke(handle)
 
 
+def test_a_source_text_that_is_damaged_in_the_store_is_not_given_out_and_is_kept_anew(compressor, documents, caplog):
+    def compress():
+        return compressor.compress_documents(documents, "q")[0].page_content
+
+    handle = compress()
+    restore = PICRestore(store=compressor.store)
+    [(key, kept)] = [
+        (key, value)
+        for key in compressor.store.yield_keys()
+        for value in compressor.store.mget([key])
+        if value.endswith(documents[0].page_content.encode())
+    ]
+    for damaged in (kept[:-1] + b"?", kept[:-1], b""):
+        compressor.store.mset([(key, damaged)])
+        with pytest.raises(UnknownHandleError):
+            restore.invoke(handle)
+    assert "source text of [[pic:" in caplog.text
+    assert compress() == handle
+    assert restore.invoke(handle) == documents[0].page_content
+
+
 @pytest.mark.parametrize(
     "write",
     [
