@@ -278,7 +278,7 @@ class PicRag:
 
         Args:
             question: what to ask.
-            top_k: passages shown to the generator, at most.
+            top_k: passages shown to the generator, at most; the best one last, next to the question.
             ratio: text tokens per memory token; None for the compressor's default. A sequence such as `(2, 16)` has one
                 for the best passage, one for the second, ..., the last of which serves all after it. With
                 `min_fidelity` the highest one to try; None for the highest that is served.

@@ -42,6 +42,7 @@ from pic_rag.generation.prefix import (
 )
 from pic_rag.generation.reader import Reader
 from pic_rag.generation.sampling import Sampling
+from pic_rag.generation.threads import WaitingThreads
 from pic_rag.generation.turns import Turns
 from pic_rag.models.backbone import end_token_ids
 
@@ -115,6 +116,7 @@ class InProcessEngine:
         with _making_lock:
             self._lock = _locks.setdefault(model, threading.Lock())
         self._turns = Turns(self._run, self._joins)
+        self._threads = WaitingThreads()
         # Any id of the model's will do: padding is masked, and what follows an end token is not read.
         padding = tokenizer.pad_token_id
         known = padding is not None and padding < len(cast("torch.Tensor", model.get_input_embeddings().weight))
@@ -140,7 +142,7 @@ class InProcessEngine:
     ) -> None:
         """`decode` for coroutines, in a thread, which a cancelled call gives back at once or at its next token."""
         try:
-            await asyncio.to_thread(self.decode, prompts, completions, sampling)
+            await self._threads.run(self.decode, prompts, completions, sampling)
         except asyncio.CancelledError:
             for completion in completions:
                 completion.abandoned = True

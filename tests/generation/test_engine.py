@@ -351,6 +351,26 @@ def test_calls_take_turns_unless_they_may_be_merged(generator: Generator) -> Non
     assert gate.batches == [1] * 8
 
 
+def test_coroutines_that_wait_for_the_model_leave_the_event_loop_its_threads_and_share_a_batch(
+    generator: Generator,
+) -> None:
+    async def ask() -> list[str]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        calls = [asyncio.ensure_future(generator.agenerate("Who?", max_new_tokens=3)) for _ in range(9)]
+        await asyncio.sleep(0)  # all of them begin, and prepare their prompts in that thread
+        try:
+            assert await asyncio.to_thread(held.held.wait, 10)
+            await asyncio.sleep(0.2)  # the others wait for the model
+        finally:
+            held.open.set()
+        return [answer.text for [answer] in await asyncio.gather(*calls)]
+
+    with gate(generator) as held:
+        answers = asyncio.run(ask())
+    assert answers == [generator.generate("Who?", max_new_tokens=3)[0].text] * 9
+    assert max(held.batches) > 1
+
+
 def test_the_output_head_is_never_given_a_slice_of_the_prompt_for_which_torch_copies_its_weights(
     generator: Generator, memory: Memory
 ) -> None:

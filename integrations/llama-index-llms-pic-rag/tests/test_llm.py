@@ -159,7 +159,7 @@ def test_a_cancelled_call_stops_the_model(llm, monkeypatch, method):
             await asyncio.wait_for(getattr(llm, method)("Who?" if method == "acomplete" else ask("Who?")), timeout=0.5)
 
     asyncio.run(cancel())
-    assert stopped.is_set()
+    assert stopped.wait(10)
 
 
 @pytest.mark.parametrize("method", ["acomplete", "achat", "astream_complete", "astream_chat"])
@@ -292,6 +292,13 @@ def test_the_tokenizer_counts_a_handle_as_its_memory_tokens(llm, memory, handle)
     ]
     assert len(llm.tokenize(ABSENT)) == len(ABSENT)
     assert llm.tokenize("") == []
+
+
+def test_the_tokenizer_counts_a_handle_that_has_grown_old_as_text(llm, memory, handle, monkeypatch):
+    assert len(llm.tokenize(handle)) == memory.memory_tokens
+    later = time.time() + 3 * 24 * 60 * 60
+    monkeypatch.setattr(time, "time", lambda: later)
+    assert len(llm.tokenize(handle)) == len(handle)
 
 
 def test_metadata_tells_llama_index_how_to_plan_prompts(llm, tiny_generator):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import threading
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import torch
 from pic_rag.assembler import MEMORY_ROW, Assembled
 from pic_rag.generation.completion import Completion, FinishReason
 from pic_rag.generation.sampling import Sampling
+from pic_rag.generation.threads import WaitingThreads
 from pic_rag.generation.vllm.wire import sampling_settings
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class OfflineEngine:
     ) -> None:
         self.end_token_ids = end_token_ids
         self._lock = threading.Lock()
+        self._threads = WaitingThreads()
         self._numbers = itertools.count()
         self._llm = _load(folder, reader, settings)
         self._reader = None if reader is None else _lora_request(reader)
@@ -72,7 +73,7 @@ class OfflineEngine:
         self, prompts: Sequence[Assembled], completions: Sequence[Completion], sampling: Sampling, /
     ) -> None:
         """`decode` for coroutines, in a thread."""
-        await asyncio.to_thread(self.decode, prompts, completions, sampling)
+        await self._threads.run(self.decode, prompts, completions, sampling)
 
     def _add(self, prompt: Assembled, sampling: Sampling, completion: Completion) -> str:
         from vllm import SamplingParams

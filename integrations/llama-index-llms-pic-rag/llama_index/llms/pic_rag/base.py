@@ -41,6 +41,7 @@ _REMEDY = (
     "PICCompressor again."
 )
 Prompt = str | Sequence[Mapping[str, Any]]
+_MOST_COUNTED = 100_000  # memories whose sizes are remembered
 _SETTINGS = ("max_new_tokens", "stop", "temperature", "top_p", "seed")
 
 
@@ -334,13 +335,17 @@ class PICLLM(LLM):
 
     def _count_memory_tokens(self, signed: str) -> int | None:
         """Kept for the next time: prompts are planned by counting the same handles again and again."""
-        if signed not in self._memory_tokens:
-            handle = self.signer.verify(signed)
-            [memory] = self.get_memory_cache().get([handle]) if handle else [None]
+        handle = self.signer.verify(signed)
+        if handle is None:
+            return None
+        if handle not in self._memory_tokens:
+            [memory] = self.get_memory_cache().get([handle])
             if memory is None:
                 return None
-            self._memory_tokens[signed] = memory.memory_tokens
-        return self._memory_tokens[signed]
+            if len(self._memory_tokens) >= _MOST_COUNTED:
+                self._memory_tokens.clear()
+            self._memory_tokens[handle] = memory.memory_tokens
+        return self._memory_tokens[handle]
 
 
 def _check_settings(given: dict[str, Any]) -> dict[str, Any]:
