@@ -25,22 +25,6 @@ def rag_messages(question: str, passages: Sequence[str]) -> list[dict[str, str]]
     return [{"role": "user", "content": f"{instruction}\n\n{shown}Question: {question}"}]
 
 
-def ranked_messages(question: str, passages: Sequence[str]) -> list[dict[str, str]]:
-    """`rag_messages` of passages that come best first: the best is shown last, next to the question.
-
-    A small model reads that place best: the figures are in the model card of the shipped compressor.
-
-    >>> print(ranked_messages("Who?", ["She.", "He."])[0]["content"].partition("Documents:")[2])
-    <BLANKLINE>
-    [1] He.
-    <BLANKLINE>
-    [2] She.
-    <BLANKLINE>
-    Question: Who?
-    """
-    return rag_messages(question, passages[::-1])
-
-
 def filled_messages(template: str, question: str, passages: Sequence[str]) -> list[dict[str, str]]:
     r"""One chat message as an application's template has it.
 

@@ -22,7 +22,7 @@ from pic_rag.generation.generator import Generator
 from pic_rag.handles import escape_handles
 from pic_rag.memory import Memory
 from pic_rag.models.sharing import shared_checkpoint
-from pic_rag.prompts import ranked_messages
+from pic_rag.prompts import rag_messages
 from pic_rag.retrieval.documents import Document, DocumentError, find_documents, load_documents, real_path
 from pic_rag.retrieval.index_folder import damaged, write_file
 from pic_rag.retrieval.passages import origin
@@ -278,7 +278,7 @@ class PicRag:
 
         Args:
             question: what to ask.
-            top_k: passages shown to the generator, at most; the best one last, next to the question.
+            top_k: passages shown to the generator, at most.
             ratio: text tokens per memory token; None for the compressor's default. A sequence such as `(2, 16)` has one
                 for the best passage, one for the second, ..., the last of which serves all after it. With
                 `min_fidelity` the highest one to try; None for the highest that is served.
@@ -340,7 +340,7 @@ class PicRag:
         watch.lap("compress")
         asked = escape_handles(question)
         stream = self.generator.stream(
-            ranked_messages(asked, self._shown(documents, ratio, mode)), memories, max_new_tokens=max_new_tokens
+            rag_messages(asked, self._shown(documents, ratio, mode)), memories, max_new_tokens=max_new_tokens
         )
         while True:
             try:
@@ -350,7 +350,7 @@ class PicRag:
                 break
             watch.first_token()
             yield piece
-        full_text = ranked_messages(asked, self._shown(documents, ratio, "text"))
+        full_text = rag_messages(asked, self._shown(documents, ratio, "text"))
         latency_ms = watch.finish()
         return Answer(
             answer=generation.text.strip(),

@@ -25,7 +25,7 @@ from pic_rag.generation.answering import Generation
 from pic_rag.generation.generator import Generator
 from pic_rag.handles import escape_handles
 from pic_rag.memory import Memory
-from pic_rag.prompts import ranked_messages
+from pic_rag.prompts import rag_messages
 from pic_rag.questions import Question
 from pic_rag.reporting import versions, write_json
 
@@ -184,7 +184,7 @@ class _Answers:
         handles = [[pick[context.document].handle for context in question.contexts] for question in self._questions]
         keys = [(question.question, *own) for question, own in zip(self._questions, handles, strict=True)]
         missing = [key for key in dict.fromkeys(keys) if key not in self._known]
-        prompts = [ranked_messages(escape_handles(asked), shown) for asked, *shown in missing]
+        prompts = [rag_messages(escape_handles(asked), shown) for asked, *shown in missing]
         memories = {memory.handle: memory for memory in pick.values()}
         fitting = find_fitting(self._generator, prompts, memories, self._options["max_new_tokens"])
         made = self._generator.generate([prompts[at] for at in fitting], memories, **self._options)

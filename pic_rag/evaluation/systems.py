@@ -29,7 +29,7 @@ from pic_rag.generation.reader import Reader
 from pic_rag.handles import escape_handles
 from pic_rag.memory import AtRest, Memory
 from pic_rag.models.backbone import load_backbone
-from pic_rag.prompts import ranked_messages
+from pic_rag.prompts import rag_messages
 from pic_rag.questions import Question
 
 AT_REST_SYSTEMS: dict[str, AtRest] = {"pic@bf16": "bf16", "pic@int8": "int8", "pic@int4": "int4"}
@@ -105,7 +105,7 @@ class Systems:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
-        messages: Messages = ranked_messages,
+        messages: Messages = rag_messages,
         llmlingua_python: str | Path | None = None,
         llmlingua2: str | Path | None = None,
     ) -> None:

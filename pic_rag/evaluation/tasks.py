@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pic_rag.checks import check_unicode
 from pic_rag.evaluation.metrics import exact_match
-from pic_rag.prompts import ranked_messages
+from pic_rag.prompts import rag_messages
 from pic_rag.questions import Context, Question, read_jsonl
 
 _CALCULATION = re.compile(r"<<.*?>>")  # GSM8K's calculator notes, which are no text
@@ -26,7 +26,7 @@ class Task:
     """A kind of question.
 
     Attributes:
-        messages: the prompt of a question and the passages shown with it, best first, handles or texts.
+        messages: the prompt of a question and the passages shown with it, handles or texts.
         answer: what is scored of the generator's words.
         exact_match: 1 when that is right, else 0.
         max_new_tokens: longest answer.
@@ -68,7 +68,7 @@ def same_number(said: str, answers: Sequence[str]) -> float:
 
 
 TASKS = {
-    "questions": Task(ranked_messages, str.strip, exact_match, max_new_tokens=32),
+    "questions": Task(rag_messages, str.strip, exact_match, max_new_tokens=32),
     "gsm8k": Task(problem_messages, final_number, same_number, max_new_tokens=256),
 }
 """Every task by name."""

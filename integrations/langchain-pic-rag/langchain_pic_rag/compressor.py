@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from langchain_core.callbacks import Callbacks
@@ -131,10 +131,6 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
     top_n: int | None = Field(default=None, ge=1)
     """Documents to keep, from the first; None: all."""
 
-    best_last: bool = False
-    """Give them back in reverse order: where the prompt asks below the documents, the best one then stands next to the
-    question, which small models read best."""
-
     llm: Any = Field(default=None, exclude=True, repr=False)
     """The LLM that will read the documents, to check that it can."""
 
@@ -218,12 +214,11 @@ class PICCompressor(CompressionSettings, BaseDocumentCompressor):
     def _compress(self, documents: Sequence[Document]) -> Compressed:
         kept = list(documents)[: self.top_n]
         if self.llm is not None and not reads_handles(self.llm):
-            compressed = Compressed([self._as_text(document) for document in kept])
-        else:
-            sources, signer = self.sources, self.signer
-            compressed = self.compress_originals([restore_document(document, sources, signer) for document in kept])
-            watch(document.page_content for document in compressed.documents)
-        return replace(compressed, documents=compressed.documents[::-1]) if self.best_last else compressed
+            return Compressed([self._as_text(document) for document in kept])
+        sources, signer = self.sources, self.signer
+        compressed = self.compress_originals([restore_document(document, sources, signer) for document in kept])
+        watch(document.page_content for document in compressed.documents)
+        return compressed
 
     def _as_text(self, document: Document) -> Document:
         original = restore_document(document, self.sources, self.signer)

@@ -162,20 +162,6 @@ def test_top_n_keeps_the_first_nodes(tiny_compressor, store, nodes):
     assert [node.node_id for node in kept] == ["passage-0", "passage-1"]
 
 
-def test_best_last_reverses_what_was_ranked(tiny_compressor, store, nodes):
-    settings = {"top_n": 3, "ratio": (4, 8, 16), "label": "Source {number}:"}
-    ranked, last = (
-        PICCompressor(compressor=tiny_compressor, store=store, **settings, best_last=order).postprocess_nodes(nodes)
-        for order in (False, True)
-    )
-    assert [node.node_id for node in last] == [node.node_id for node in ranked[::-1]]
-    handles = [[find_handles(shown(node)) for node in found] for found in (ranked, last[::-1])]
-    assert handles[0] == handles[1]  # ratios go by rank
-    assert [shown(node).partition(":")[0] for node in last] == ["Source 1", "Source 2", "Source 3"]
-    text = PICCompressor(compressor=tiny_compressor, store=store, llm=MockLLM(), fallback="text", best_last=True)
-    assert text.postprocess_nodes(nodes) == nodes[::-1]
-
-
 def test_a_label_numbers_the_handles(tiny_compressor, store, nodes):
     labelled = PICCompressor(compressor=tiny_compressor, store=store, label="Source {number} {x}:")
     first, second = labelled.postprocess_nodes(nodes[:2])

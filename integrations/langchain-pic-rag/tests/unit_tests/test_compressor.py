@@ -140,14 +140,6 @@ def test_top_n_keeps_the_first_documents(compressor, documents):
     assert [document.id for document in best] == ["passage-0", "passage-1"]
 
 
-def test_best_last_reverses_what_was_ranked(compressor, documents):
-    ranked = compressor.model_copy(update={"top_n": 3, "ratio": (4, 8, 16)})
-    last = ranked.model_copy(update={"best_last": True})
-    assert last.compress_documents(documents, "q") == ranked.compress_documents(documents, "q")[::-1]
-    text = last.model_copy(update={"llm": FakeListChatModel(responses=[""]), "fallback": "text"})
-    assert text.compress_documents(documents, "q") == documents[2::-1]
-
-
 def test_documents_with_handles_survive_pickle_and_json(compressor, documents):
     compressed = compressor.compress_documents(documents, "q")
     assert pickle.loads(pickle.dumps(compressed)) == compressed

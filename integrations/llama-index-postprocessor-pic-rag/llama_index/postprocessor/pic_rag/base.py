@@ -28,11 +28,6 @@ class PICCompressor(CompressionSettings, BaseNodePostprocessor):
     """
 
     top_n: int | None = Field(default=None, ge=1, description="Nodes to keep, the first ones; None: all.")
-    best_last: bool = Field(
-        default=False,
-        description="Give nodes back in reverse order: where the prompt asks below the nodes, the best one then stands "
-        "next to the question, which small models read best.",
-    )
     fallback: Literal["error", "text"] = Field(
         default="error", description="For an LLM that is known not to read memories: raise, or give it the text."
     )
@@ -64,17 +59,16 @@ class PICCompressor(CompressionSettings, BaseNodePostprocessor):
 
     def _compress(self, nodes: list[NodeWithScore], llm: Any) -> list[NodeWithScore]:
         kept = nodes[: self.top_n]
-        step = -1 if self.best_last else 1
         if not self._shows_handles(llm):
-            return restore_nodes(kept)[::step]
+            return restore_nodes(kept)
         memories = self.make_memories([node.node for node in kept])
         signer = self.signer
         handles = ["" if memory is None else signer.sign(memory.handle) for memory in memories]
         if llm is not None:
             self._check_known(llm, [handle for handle in handles if handle])
         watch(handle for handle in handles if handle)
-        ranked = list(zip(restore_nodes(kept), handles, memories, strict=True))
-        return [self._show(*shown, number) for number, shown in enumerate(ranked[::step], 1)]
+        numbers = range(1, len(kept) + 1)
+        return [self._show(*shown) for shown in zip(restore_nodes(kept), handles, memories, numbers, strict=True)]
 
     def _shows_handles(self, llm: Any) -> bool:
         if isinstance(llm, Nobody):
