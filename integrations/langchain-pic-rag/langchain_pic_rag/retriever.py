@@ -12,6 +12,7 @@ from langchain_core.documents import Document
 from langchain_core.retrievers import BaseRetriever, RetrieverLike
 from langchain_core.runnables import RunnableConfig, RunnableWithFallbacks
 from langchain_core.runnables.base import RunnableBindingBase
+from langchain_core.runnables.config import ensure_config, patch_config
 from langchain_core.runnables.configurable import RunnableConfigurableFields
 from langchain_core.vectorstores import VectorStoreRetriever
 from pydantic import ConfigDict, Field
@@ -43,26 +44,47 @@ class PICRetriever(BaseRetriever):
     k: int | None = Field(default=None, ge=1)
     """Documents to return at most; None: as many as the base retriever finds. `invoke(query, k=...)` overrides it."""
 
+    def invoke(self, input: str, config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:
+        """The base retriever's documents with handles in. It gets the configuration of the call, filters included."""
+        return super().invoke(input, config, call_config=ensure_config(config), **kwargs)
+
+    async def ainvoke(self, input: str, config: RunnableConfig | None = None, **kwargs: Any) -> list[Document]:
+        """`invoke` for coroutines: the event loop is never blocked."""
+        return await super().ainvoke(input, config, call_config=ensure_config(config), **kwargs)
+
     def _get_relevant_documents(
-        self, query: str, *, run_manager: CallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
+        self,
+        query: str,
+        *,
+        run_manager: CallbackManagerForRetrieverRun,
+        call_config: RunnableConfig | None = None,
+        k: int | None = None,
+        **kwargs: Any,
     ) -> list[Document]:
         refuse_handles(query)
         k = self.k if k is None else k
-        config: RunnableConfig = {"callbacks": run_manager.get_child()}
+        config = patch_config(call_config, callbacks=run_manager.get_child())
         limit = _limit(self.base_retriever, "_get_relevant_documents", k)
         found = self.base_retriever.invoke(query, config, **limit, **kwargs)
         kept = found[:k]
         return list(self.base_compressor.compress_documents(kept, query, callbacks=run_manager.get_child()))
 
     async def _aget_relevant_documents(
-        self, query: str, *, run_manager: AsyncCallbackManagerForRetrieverRun, k: int | None = None, **kwargs: Any
+        self,
+        query: str,
+        *,
+        run_manager: AsyncCallbackManagerForRetrieverRun,
+        call_config: RunnableConfig | None = None,
+        k: int | None = None,
+        **kwargs: Any,
     ) -> list[Document]:
         refuse_handles(query)
         k = self.k if k is None else k
-        config: RunnableConfig = {"callbacks": run_manager.get_child()}
+        config = patch_config(call_config, callbacks=run_manager.get_child())
         limit = _limit(self.base_retriever, "_aget_relevant_documents", k)
         if not limit and (limit := _limit(self.base_retriever, "_get_relevant_documents", k)):
-            config = {"callbacks": run_manager.get_sync().get_child()}  # it has `k` in its blocking method only
+            # it has `k` in its blocking method only
+            config = patch_config(call_config, callbacks=run_manager.get_sync().get_child())
             found = await asyncio.to_thread(self.base_retriever.invoke, query, config, **limit, **kwargs)
         else:
             found = await self.base_retriever.ainvoke(query, config, **limit, **kwargs)

@@ -19,7 +19,7 @@ from langchain_core.language_models import FakeListChatModel
 from langchain_core.load import dumpd, load
 from langchain_core.messages import HumanMessage, SystemMessage, ToolMessage
 from langchain_core.retrievers import BaseRetriever
-from langchain_core.runnables import ConfigurableField, RunnableLambda
+from langchain_core.runnables import ConfigurableField, RunnableConfig, RunnableLambda
 from langchain_core.stores import InMemoryByteStore
 from langchain_core.tracers.run_collector import RunCollectorCallbackHandler
 from langchain_core.vectorstores import InMemoryVectorStore
@@ -329,6 +329,32 @@ def test_all_other_arguments_of_a_call_go_to_the_base_retriever(compressor, docu
     made.invoke("q", kind="page")
     asyncio.run(made.ainvoke("q", kind="page", k=1))
     assert asked == [(4, "page"), (1, "page")]
+
+
+def test_the_configuration_of_a_call_reaches_the_base_retriever(compressor, documents):
+    seen = []
+
+    def search(query: str, config: RunnableConfig) -> list[Document]:
+        seen.append((config["tags"], config["metadata"]["user"], config.get("run_name")))
+        return [each for each in documents if each.id == config["configurable"]["only"]]
+
+    made = PICRetriever(base_retriever=RunnableLambda(search), base_compressor=compressor)
+    config = {"configurable": {"only": documents[1].id}, "tags": ["t"], "metadata": {"user": "u"}, "run_name": "mine"}
+    [alone] = made.invoke("q", config)
+    [[first], [other]] = made.batch(["q", "q"], [config, {**config, "configurable": {"only": documents[2].id}}])
+    [bound] = made.with_config(config).invoke("q")
+    [awaited] = asyncio.run(made.ainvoke("q", config))
+    [chained] = (RunnableLambda(str.strip) | made).invoke("q", config)
+    assert {each.id for each in (alone, first, bound, awaited, chained)} == {documents[1].id}
+    assert other.id == documents[2].id
+    assert [(set(tags), user, name) for tags, user, name in seen] == [({"t"}, "u", None)] * 6
+
+
+def test_configurable_fields_of_the_base_retriever_are_set_by_a_call(compressor, documents):
+    found = Searching(found=documents, asked=[]).configurable_fields(found=ConfigurableField(id="found"))
+    made = PICRetriever(base_retriever=found, base_compressor=compressor)
+    assert len(made.invoke("q", {"configurable": {"found": documents[:1]}})) == 1
+    assert len(made.invoke("q")) == len(documents)
 
 
 def test_ratios_go_to_documents_by_their_rank(compressor, documents):
