@@ -173,6 +173,12 @@ def place_slots(token_ids: np.ndarray, ratio: int, slots_per_chunk: int) -> Segm
     return Segment(token_ids, chunk, start, stop, chunk_tokens, ratio)
 
 
+def cut(token_ids: np.ndarray, ratio: int, slots_per_chunk: int, *, foldable: bool) -> list[Segment]:
+    """A segment of T tokens as the encoder reads it: whole, or its chunks one by one where they can be folded."""
+    segment = place_slots(token_ids, ratio, slots_per_chunk)
+    return fold(segment) if foldable else [segment]
+
+
 def strides(slots: int, text_tokens: int, ratio: int) -> np.ndarray:
     """`(slots,)` how far each memory token of a text lies behind the one before where a prompt spreads them.
 

@@ -9,15 +9,21 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+Messages = list[dict[str, str]]
+"""A chat, as templates take it."""
+
+PromptShape = Callable[[str, Sequence[str]], Messages]
+"""The prompt of a question and the passages shown with it, handles or texts."""
+
 INSTRUCTION = "Use the documents to answer the question in a few words."
 
 
-def repeat_messages(document: str) -> list[dict[str, str]]:
+def repeat_messages(document: str) -> Messages:
     """One chat message that asks for a document (a handle) word for word: compressors are trained and checked on it."""
     return [{"role": "user", "content": f"{document}\n\nRepeat the document word for word."}]
 
 
-def rag_messages(question: str, passages: Sequence[str]) -> list[dict[str, str]]:
+def rag_messages(question: str, passages: Sequence[str]) -> Messages:
     """One chat message that shows the passages (handles or texts) and asks the question."""
     documents = "\n\n".join(f"[{number}] {passage}" for number, passage in enumerate(passages, 1))
     shown = f"Documents:\n{documents}\n\n" if passages else ""
@@ -25,7 +31,7 @@ def rag_messages(question: str, passages: Sequence[str]) -> list[dict[str, str]]
     return [{"role": "user", "content": f"{instruction}\n\n{shown}Question: {question}"}]
 
 
-def filled_messages(template: str, question: str, passages: Sequence[str]) -> list[dict[str, str]]:
+def filled_messages(template: str, question: str, passages: Sequence[str]) -> Messages:
     r"""One chat message as an application's template has it.
 
     Args:

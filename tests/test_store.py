@@ -24,6 +24,7 @@ import safetensors
 import torch
 from langchain_core.stores import InMemoryByteStore
 
+from pic_rag.compression.ratios import Ratio, ratio_of_each
 from pic_rag.config import PicConfig
 from pic_rag.handles import escape_handles, find_handles, make_handle
 from pic_rag.memory import AtRest, Memory, MemoryFormatError, hash_text
@@ -649,13 +650,14 @@ class ByteMeanCompressor:
     def compress(
         self,
         texts: Sequence[str],
-        ratio: int | None = None,
+        ratio: Ratio = None,
         batch_size: int | None = None,
         progress: bool | None = None,
     ) -> list[Memory]:
         """One memory a text; the other settings change nothing."""
         self.calls.append(list(texts))
-        return [self._compress(text, ratio or 4) for text in texts]
+        ratios = ratio_of_each(ratio, len(texts), lambda own: own or 4)
+        return [self._compress(text, own) for text, own in zip(texts, ratios, strict=True)]
 
     def _compress(self, text: str, ratio: int) -> Memory:
         spans = torch.tensor(list(text.encode()), dtype=torch.int64).split(ratio) if text else ()
@@ -780,12 +782,17 @@ def test_a_wrong_value_is_an_error_by_handle_or_compressed_again(
         cache.get([handle])
     assert handle in str(caught.value)
     assert "compress the document again" in str(caught.value)
+    found = cache.find([handle, compressor.handle("absent"), handle], {handle: "paper.pdf"})
+    assert (found.memories, list(found.damaged)) == ({}, [handle])
+    assert "paper.pdf" in str(found.damaged[handle])
     with caplog.at_level(logging.WARNING):
         memories, cached = cache.get_or_compress(["one"], compressor, sources=["paper.pdf"])
     assert (memories[0].handle, cached) == (handle, [False])
     [record] = caplog.records
     assert "paper.pdf" in record.getMessage()
-    assert cache.get([handle])[0] is not None
+    found = cache.find([handle, compressor.handle("absent")], {handle: "paper.pdf"})
+    assert (list(found.memories), found.damaged) == ([handle], {})
+    assert found.memories[handle].source == "paper.pdf"
 
 
 def test_only_new_texts_are_compressed_and_each_once(store: MemoryStore) -> None:
@@ -855,7 +862,7 @@ class InterruptedCompressor(ByteMeanCompressor):
     def compress(
         self,
         texts: Sequence[str],
-        ratio: int | None = None,
+        ratio: Ratio = None,
         batch_size: int | None = None,
         progress: bool | None = None,
     ) -> list[Memory]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pic_rag.bulk.corpus import Item
 from pic_rag.compression.compressor import Compressor
-from pic_rag.memory import AtRest, Memory, MemoryFormatError
+from pic_rag.memory import AtRest, Memory
 from pic_rag.store import MemoryCache, MemoryStore
 
 
@@ -63,16 +63,16 @@ class Worker:
 
     def _look_up(self, items: Sequence[Item]) -> list[Item]:
         """The items; a pending one is known if the store holds a whole memory of it."""
-        pending = [item for item in items if item.status == "pending"]
-        try:
-            memories = self.cache.get([self.compressor.handle(item.text, self.ratio) for item in pending])
-        except MemoryFormatError as error:  # one of them: find out which
-            if len(items) == 1:
-                return [replace(items[0], message=f"Compressing '{items[0].source}' again: {error}")]
-            middle = len(items) // 2
-            return self._look_up(items[:middle]) + self._look_up(items[middle:])
-        found = iter(memories)
-        return [_known(item, next(found)) if item.status == "pending" else item for item in items]
+        handles = [self.compressor.handle(item.text, self.ratio) if item.status == "pending" else "" for item in items]
+        memories, damaged = self.cache.find(filter(None, handles))
+        seen = list(items)
+        for number, handle in enumerate(handles):
+            if handle in memories:
+                seen[number] = _done(items[number], memories[handle], status="known")
+            elif handle in damaged:
+                message = f"Compressing '{items[number].source}' again: {damaged[handle]}"
+                seen[number] = replace(items[number], message=message)
+        return seen
 
     def _compress(self, items: list[Item]) -> list[Item]:
         if not items:
@@ -90,10 +90,6 @@ class Worker:
             replace(_done(item, memory, status="compressed"), stored_bytes=size)
             for item, memory, size in zip(items, memories, sizes, strict=True)
         ]
-
-
-def _known(item: Item, memory: Memory | None) -> Item:
-    return item if memory is None else _done(item, memory, status="known")
 
 
 def _done(item: Item, memory: Memory, *, status: Literal["compressed", "known"]) -> Item:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pic_rag.checks import as_whole, check_unicode, check_whole
-from pic_rag.chunking import Segment, fold, place_slots, token_segments, token_windows
+from pic_rag.chunking import Segment, cut, token_segments, token_windows
 from pic_rag.compression.batching import Batcher, gather
 from pic_rag.compression.fidelity import FidelityCheck
 from pic_rag.compression.ratios import Ratio, descend, ratio_of_each
@@ -277,8 +277,7 @@ class Compressor:
         for number, token_ids in token_segments(texts, self.tokenizer, self.config.segment_tokens):
             bar.update(sum(map(len, texts[begun:number])))
             begun = number
-            segment = place_slots(token_ids, ratios[number], self.config.slots_per_chunk)
-            for part in fold(segment) if self.config.foldable else [segment]:
+            for part in cut(token_ids, ratios[number], self.config.slots_per_chunk, foldable=self.config.foldable):
                 yield number, part
         bar.update(sum(map(len, texts[begun:])))
 

@@ -20,10 +20,10 @@ from pic_rag.compression.compressor import Compressor
 from pic_rag.compression.ratios import Ratio, ratio_of_each
 from pic_rag.evaluation.metrics import agreement, contains_answer, f1
 from pic_rag.evaluation.systems import RATIO_SYSTEMS, Shown, Systems
-from pic_rag.evaluation.tasks import TASKS, Messages, Task
+from pic_rag.evaluation.tasks import TASKS, Task
 from pic_rag.generation.answering import Generation
 from pic_rag.progress import progress_bar
-from pic_rag.prompts import filled_messages
+from pic_rag.prompts import PromptShape, filled_messages
 from pic_rag.questions import Question
 from pic_rag.reporting import versions, write_json
 
@@ -157,7 +157,7 @@ def evaluate(
     return EvalReport(rows, config, versions())
 
 
-def _messages(task: Task, prompt: str | None) -> Messages:
+def _messages(task: Task, prompt: str | None) -> PromptShape:
     """How a question is put."""
     if prompt is None:
         return task.messages

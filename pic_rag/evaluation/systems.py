@@ -22,14 +22,13 @@ from pic_rag.compression.compressor import Compressor
 from pic_rag.compression.ratios import Ratio, ratio_of_each
 from pic_rag.evaluation.lingua import Lingua, LinguaError
 from pic_rag.evaluation.shortening import Shortener
-from pic_rag.evaluation.tasks import Messages
 from pic_rag.generation.answering import Generation
 from pic_rag.generation.generator import Generator
 from pic_rag.generation.reader import Reader
 from pic_rag.handles import escape_handles
 from pic_rag.memory import AtRest, Memory
 from pic_rag.models.backbone import load_backbone
-from pic_rag.prompts import rag_messages
+from pic_rag.prompts import PromptShape, rag_messages
 from pic_rag.questions import Question
 
 AT_REST_SYSTEMS: dict[str, AtRest] = {"pic@bf16": "bf16", "pic@int8": "int8", "pic@int4": "int4"}
@@ -105,7 +104,7 @@ class Systems:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
         attn_implementation: str | None = None,
-        messages: Messages = rag_messages,
+        messages: PromptShape = rag_messages,
         llmlingua_python: str | Path | None = None,
         llmlingua2: str | Path | None = None,
     ) -> None:

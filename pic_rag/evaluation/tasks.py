@@ -10,15 +10,11 @@ from pathlib import Path
 
 from pic_rag.checks import check_unicode
 from pic_rag.evaluation.metrics import exact_match
-from pic_rag.prompts import rag_messages
+from pic_rag.prompts import Messages, PromptShape, rag_messages
 from pic_rag.questions import Context, Question, read_jsonl
 
 _CALCULATION = re.compile(r"<<.*?>>")  # GSM8K's calculator notes, which are no text
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
-
-
-Messages = Callable[[str, Sequence[str]], list[dict[str, str]]]
-"""The prompt of a question and what is shown with it."""
 
 
 @dataclass(frozen=True)
@@ -26,19 +22,19 @@ class Task:
     """A kind of question.
 
     Attributes:
-        messages: the prompt of a question and the passages shown with it, handles or texts.
+        messages: the prompt.
         answer: what is scored of the generator's words.
         exact_match: 1 when that is right, else 0.
         max_new_tokens: longest answer.
     """
 
-    messages: Messages
+    messages: PromptShape
     answer: Callable[[str], str]
     exact_match: Callable[[str, Sequence[str]], float]
     max_new_tokens: int
 
 
-def problem_messages(question: str, passages: Sequence[str]) -> list[dict[str, str]]:
+def problem_messages(question: str, passages: Sequence[str]) -> Messages:
     """One chat message that shows solved problems (handles or texts) and sets the next one."""
     examples = "\n\n".join(f"[{number}] {passage}" for number, passage in enumerate(passages, 1))
     shown = f"Solved problems:\n{examples}\n\n" if passages else ""

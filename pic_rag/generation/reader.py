@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from pic_rag.models.backbone import READER_CONFIG
 from pic_rag.models.quiet import quiet_loading
 
 if TYPE_CHECKING:
@@ -102,10 +103,10 @@ def _can_merge(config: PeftConfig, layers: Sequence[LoraLayer], embeddings: nn.M
 def _load(model: PreTrainedModel, folder: Path) -> LoraModel:
     from peft import PeftConfig, PeftModel
 
-    if not (folder / "adapter_config.json").is_file():
+    if not (folder / READER_CONFIG).is_file():
         raise ValueError(
             f"reader must be a folder saved by peft's save_pretrained, got {str(folder)!r} "
-            "without adapter_config.json. Check the path."
+            f"without {READER_CONFIG}. Check the path."
         )
     kind = PeftConfig.from_pretrained(str(folder)).peft_type
     if kind != "LORA":

@@ -20,6 +20,8 @@ from pic_rag.models.quiet import quiet_loading
 
 EMBEDDED_NAME = "SmolLM2-135M-Instruct"
 ATTN_IMPLEMENTATIONS = ("sdpa", "eager", "flex_attention")
+READER_WEIGHTS = "adapter_model.safetensors"  # peft's names
+READER_CONFIG = "adapter_config.json"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _DIGEST_SAMPLES = 64  # values read of every parameter
 
@@ -73,17 +75,24 @@ def load_backbone(
             f"attn_implementation must be one of {', '.join(ATTN_IMPLEMENTATIONS)}, or None for the model's own, got "
             f"{attn_implementation!r}. The PIC mask has no other back-end."
         )
-    embedded_default = name_or_path is None or str(name_or_path) == EMBEDDED_NAME
-    source = str(embedded.generator_path()) if embedded_default else str(name_or_path)
+    name = EMBEDDED_NAME if name_or_path is None else str(name_or_path)
+    source = find_model(name)
     where = resolve_device(device)
     computed_in = resolve_dtype(dtype, where)
     with quiet_loading(), _loading("weights", source):
         model = _load_model(source, computed_in, attn_implementation)
     with quiet_loading(), _loading("tokenizer", source):
         tokenizer = AutoTokenizer.from_pretrained(source)
-    return Backbone(
-        cast("Any", model).to(where).eval(), tokenizer, EMBEDDED_NAME if embedded_default else str(name_or_path)
-    )
+    return Backbone(cast("Any", model).to(where).eval(), tokenizer, name)
+
+
+def find_model(name: str) -> str:
+    """Where transformers finds a model: the folder of the embedded default, fetched if it is not here yet, or the name.
+
+    Raises:
+        EmbeddedModelError: when the embedded default is neither cached nor reachable.
+    """
+    return str(embedded.generator_path()) if name == EMBEDDED_NAME else name
 
 
 def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -184,7 +193,7 @@ def generator_id(model: str, reader: Path | None, positions: GeneratorPositions)
     `name@digest`, then `+digest` of the reader, if there is one, then `~spread` where memory tokens are spread.
     """
     if reader is not None:
-        digest = hashlib.sha256((reader / "adapter_model.safetensors").read_bytes()).hexdigest()
+        digest = hashlib.sha256((reader / READER_WEIGHTS).read_bytes()).hexdigest()
         model = f"{model}+{digest[:16]}"
     return model if positions == "contiguous" else f"{model}~{positions}"
 

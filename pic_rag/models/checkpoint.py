@@ -21,13 +21,12 @@ from safetensors.torch import load_file, save
 
 from pic_rag.config import PicConfig
 from pic_rag.models import embedded
-from pic_rag.models.backbone import ModelRef, generator_id, plain_id
+from pic_rag.models.backbone import READER_CONFIG, READER_WEIGHTS, ModelRef, generator_id, plain_id
 
 FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "compressor.safetensors"
 READER_FOLDER = "reader"
-READER_CONFIG = "adapter_config.json"  # peft's name
 
 
 @dataclass(frozen=True)
@@ -208,7 +207,7 @@ def _find_reader(folder: Path, generator: str, config: PicConfig) -> Path | None
     """The reader that the generator's id speaks of; a folder that it does not speak of is another compressor's."""
     if "+" not in generator.rpartition("@")[2]:
         return None
-    weights = folder / "adapter_model.safetensors"
+    weights = folder / READER_WEIGHTS
     if not weights.is_file():
         raise FileNotFoundError(
             f"The memories of this compressor need their reader, got none at {str(weights)!r}. Fetch it again, or let "

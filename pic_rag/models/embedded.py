@@ -86,30 +86,30 @@ def compressor_path() -> Path:
     return folder
 
 
-def generator_path(*, download: bool = True, progress: bool | None = None) -> Path:
+def generator_path(*, progress: bool | None = None) -> Path:
     """Return a Hugging Face folder with SmolLM2-135M-Instruct: bf16 safetensors and its tokenizer.
 
+    It is fetched (93 MB) and converted when the cache lacks it.
+
     Args:
-        download: fetch (93 MB) and convert the model when the cache lacks it.
         progress: show a progress bar; `None` shows it on a terminal only.
 
     Raises:
-        EmbeddedModelError: the model is not in the cache and was not, or could not be, downloaded.
+        EmbeddedModelError: the model is not in the cache and could not be downloaded.
     """
-    return locate(GENERATOR, download=download, progress=progress)
+    return locate(GENERATOR, progress=progress)
 
 
-def retriever_path(*, download: bool = True, progress: bool | None = None) -> Path:
-    """Return a sentence-transformers folder with all-MiniLM-L6-v2.
+def retriever_path(*, progress: bool | None = None) -> Path:
+    """Return a sentence-transformers folder with all-MiniLM-L6-v2, fetched (84 MB) when the cache lacks it.
 
     Args:
-        download: fetch the model (84 MB) when the cache lacks it.
         progress: show a progress bar; `None` shows it on a terminal only.
 
     Raises:
-        EmbeddedModelError: the model is not in the cache and was not, or could not be, downloaded.
+        EmbeddedModelError: the model is not in the cache and could not be downloaded.
     """
-    return locate(RETRIEVER, download=download, progress=progress)
+    return locate(RETRIEVER, progress=progress)
 
 
 def locate(model: EmbeddedModel, *, download: bool = True, progress: bool | None = None) -> Path:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pic_rag.models.backbone import Backbone, ModelRef, load_backbone, plain_id, same_model
+from pic_rag.models.backbone import Backbone, load_backbone, plain_id, same_model
 from pic_rag.models.checkpoint import Checkpoint
 
 
@@ -29,11 +28,10 @@ def load_models(
         FileNotFoundError: when one of them is not there.
         ValueError: when a model is not the one the checkpoint was trained with.
     """
-    load = partial(load_backbone, **loading)
     one_model = same_model(checkpoint.base.id, plain_id(checkpoint.generator.id))
     argument = "generator" if one_model and not base_model else "base_model"
     place = base_model or (generator if one_model else None)
-    base = _load(load, argument, place or checkpoint.base.name)
+    base = _load(argument, place or checkpoint.base.name, loading)
     if not same_model(base.ref.id, checkpoint.base.id):
         raise ValueError(
             f"The base model must be {checkpoint.base.id!r}, which this compressor was trained on, got "
@@ -41,7 +39,7 @@ def load_models(
         )
     if one_model and generator in (None, place):
         return base, base
-    return base, _load_generator(load, checkpoint.generator, generator)
+    return base, load_generator(checkpoint, generator, **loading)
 
 
 def load_generator(
@@ -60,24 +58,21 @@ def load_generator(
         FileNotFoundError: when it is not there.
         ValueError: when the model found there is another than the memories are made for.
     """
-    return _load_generator(partial(load_backbone, **loading), checkpoint.generator, name_or_path)
-
-
-def _load(load: Callable[..., Backbone], argument: str, name_or_path: str | Path) -> Backbone:
-    try:
-        return load(name_or_path)
-    except OSError as error:
-        raise FileNotFoundError(
-            f"{argument} must be a folder or a hub id, got {str(name_or_path)!r}: {error} "
-            f"Pass the folder or hub id it is at now as {argument}."
-        ) from error
-
-
-def _load_generator(load: Callable[..., Backbone], wanted: ModelRef, name_or_path: str | Path | None) -> Backbone:
-    loaded = _load(load, "generator", name_or_path or wanted.name)
+    wanted = checkpoint.generator
+    loaded = _load("generator", name_or_path or wanted.name, loading)
     if not same_model(loaded.ref.id, plain_id(wanted.id)):
         raise ValueError(
             f"generator must be {wanted.id!r}, which the compressor makes memories for, got {loaded.ref.id!r}. "
             "Name the folder or hub id where the right model is."
         )
     return loaded
+
+
+def _load(argument: str, name_or_path: str | Path, loading: Mapping[str, Any]) -> Backbone:
+    try:
+        return load_backbone(name_or_path, **loading)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"{argument} must be a folder or a hub id, got {str(name_or_path)!r}: {error} "
+            f"Pass the folder or hub id it is at now as {argument}."
+        ) from error

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pic_rag.checks import check_unicode, check_whole
 from pic_rag.compression.ratios import Ratio, descend, ratio_of_each
@@ -28,6 +28,13 @@ GROUP_DOCUMENTS = 64  # written together: what a killed process loses at most
 
 # No slash, so that one namespace's keys never start with another's; no leading dot, for stores that keep keys as files.
 _NAMESPACE_PATTERN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class Found(NamedTuple):
+    """What a store holds under some handles; one that is in neither is not there."""
+
+    memories: dict[str, Memory]
+    damaged: dict[str, MemoryFormatError]
 
 
 @dataclass(frozen=True)
@@ -75,11 +82,30 @@ class MemoryCache:
             MemoryFormatError: A value is corrupt, or is another memory than its key says.
             ValueError: A handle is not one.
         """
-        values = self.store.mget([self._key(handle) for handle in handles])
-        return [
-            None if value is None else self._decode(value, handle)
-            for handle, value in zip(handles, values, strict=True)
-        ]
+        memories, damaged = self.find(handles)
+        for error in damaged.values():
+            raise error
+        return [memories.get(handle) for handle in handles]
+
+    def find(self, handles: Iterable[str], sources: Mapping[str, str | None] | None = None) -> Found:
+        """Memories by their handles, and by theirs what is wrong with those that are corrupt or misplaced.
+
+        Args:
+            handles: those to look up, in one request to the store.
+            sources: a label of each handle, for messages and for `Memory.source`.
+
+        Raises:
+            ValueError: A handle is not one.
+        """
+        wanted = list(dict.fromkeys(handles))
+        found = Found({}, {})
+        for handle, value in zip(wanted, self.store.mget([self._key(handle) for handle in wanted]), strict=True):
+            try:
+                if value is not None:
+                    found.memories[handle] = self._decode(value, handle, (sources or {}).get(handle))
+            except MemoryFormatError as error:
+                found.damaged[handle] = error
+        return found
 
     def put(self, memories: Sequence[Memory]) -> list[int]:
         """Write memories.
@@ -217,20 +243,14 @@ class MemoryCache:
 
     def _find(self, labels: dict[str, str | None]) -> dict[str, Memory]:
         """Memories that the store holds and that are whole, by handle."""
-        keys = [self._key(handle) for handle in labels]
         try:
-            values = self.store.mget(keys)
+            memories, damaged = self.find(labels, labels)
         except Exception as error:  # a store of another library raises what it likes, and the texts are at hand
             logger.warning("The store could not be read; compressing %d documents again: %s", len(labels), error)
             return {}
-        found = {}
-        for (handle, label), value in zip(labels.items(), values, strict=True):
-            try:
-                if value is not None:
-                    found[handle] = self._decode(value, handle, label)
-            except MemoryFormatError as error:
-                logger.warning("Compressing a document again: %s", error)
-        return found
+        for problem in damaged.values():
+            logger.warning("Compressing a document again: %s", problem)
+        return memories
 
     def _at_ratios(
         self, texts: Sequence[str], labels: Sequence[str | None], ratios: Sequence[int | None], way: _Way
@@ -261,9 +281,8 @@ class MemoryCache:
                 group = handles[start : start + group_documents]
                 bar_inside = progress if one_group else False
                 texts, ratios, labels = zip(*(missing[handle] for handle in group), strict=True)
-                ratio = ratios[0] if len(set(ratios)) == 1 else ratios
                 memories = way.compressor.compress(
-                    texts, ratio, batch_size=batch_size, progress=bar_inside, **way.checking
+                    texts, ratios, batch_size=batch_size, progress=bar_inside, **way.checking
                 )
                 memories = [replace(memory, source=label) for memory, label in zip(memories, labels, strict=True)]
                 made.update(zip(group, memories, strict=True))

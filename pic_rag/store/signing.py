@@ -34,7 +34,7 @@ from pic_rag.handles import (
 from pic_rag.prompts import map_texts
 from pic_rag.store.protocol import MemoryStore, check_store
 
-Messages = Sequence[Mapping[str, Any]]
+_Chat = Sequence[Mapping[str, Any]]
 
 logger = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ class HandleSigner:
         # A day ahead as well: clocks of two machines differ around midnight.
         return format_handle(digits) if any_age or abs(_today() - day) <= 1 else None
 
-    def unsign(self, prompt: str | Messages, only: Collection[str] | None = None) -> tuple[str | Messages, list[str]]:
+    def unsign(self, prompt: str | _Chat, only: Collection[str] | None = None) -> tuple[str | _Chat, list[str]]:
         """The prompt with plain handles in place of signed ones, and these handles, in order, with repeats.
 
         Where system or tool messages hold handles, the application puts its documents there, and other messages are

@@ -14,10 +14,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from pic_rag.models.backbone import ModelRef, generator_id, plain_id
+from pic_rag.models.backbone import READER_WEIGHTS, ModelRef, generator_id, plain_id
 from pic_rag.models.checkpoint import READER_FOLDER, Checkpoint, reader_settings
 from pic_rag.training.guards import require_finite
-from pic_rag.training.start import READER_WEIGHTS
 
 
 def average(compressors: Sequence[str | Path], out: str | Path) -> Path:

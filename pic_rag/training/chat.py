@@ -5,7 +5,7 @@ A document stands in them as a handle until it is replaced by its memory's place
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -16,12 +16,10 @@ from jinja2 import TemplateError
 
 from pic_rag.chunking import token_windows
 from pic_rag.handles import escape_handles, handle_digits, placeholder, split_handles
-from pic_rag.prompts import INSTRUCTION, filled_messages, rag_messages, repeat_messages
+from pic_rag.prompts import INSTRUCTION, Messages, PromptShape, filled_messages, rag_messages, repeat_messages
 
 MEMORY = -1  # stands in a sequence where a memory token goes
-Messages = list[dict[str, str]]
 Spans = list[tuple[str, bool]]  # text of a rendered chat, and whether the generator has to say it
-PromptShape = Callable[[str, Sequence[str]], Messages]
 
 
 @dataclass(frozen=True, eq=False)

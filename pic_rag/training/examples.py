@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pic_rag.chunking import Segment, fold, place_slots
+from pic_rag.chunking import Segment, cut
 from pic_rag.handles import escape_handles, placeholder
 from pic_rag.prompts import rag_messages
 from pic_rag.questions import Question
@@ -207,9 +207,9 @@ class ExampleFactory:
     def _cut(self, document: np.ndarray, ratio: int, slots_per_chunk: int) -> list[Segment]:
         """Segments of one document."""
         pic = self.config.pic
-        cuts = [document[start : start + pic.segment_tokens] for start in range(0, len(document), pic.segment_tokens)]
-        segments = [place_slots(cut, ratio, slots_per_chunk) for cut in cuts]
-        return [part for segment in segments for part in fold(segment)] if pic.foldable else segments
+        starts = range(0, len(document), pic.segment_tokens)
+        texts = (document[start : start + pic.segment_tokens] for start in starts)
+        return [part for text in texts for part in cut(text, ratio, slots_per_chunk, foldable=pic.foldable)]
 
 
 def _check_longest(texts: TokenTable, shortest: int) -> None:

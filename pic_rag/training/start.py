@@ -11,14 +11,13 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from pic_rag.encoder import PicEncoder
-from pic_rag.models.backbone import Backbone, ModelRef, end_token_ids, load_backbone, same_model
+from pic_rag.models.backbone import READER_WEIGHTS, Backbone, ModelRef, end_token_ids, load_backbone, same_model
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.models.quiet import quiet_loading
 from pic_rag.prompts import repeat_messages
 from pic_rag.training.config import TrainConfig
 from pic_rag.training.guards import require_finite
 
-READER_WEIGHTS = "adapter_model.safetensors"
 _SHAPING = ("encoder_layers", "lora_rank", "residual_pool")  # settings that say which weights there are
 
 

@@ -19,7 +19,6 @@ from langchain_core.tools import BaseTool
 from langchain_core.utils.function_calling import convert_to_openai_tool
 from pydantic import ConfigDict, Field, model_validator
 
-import pic_rag
 from langchain_pic_rag.guard import LLM_TYPE
 from langchain_pic_rag.messages import to_prompt, tool_chunk, usage
 from langchain_pic_rag.settings import ModelSettings
@@ -200,8 +199,7 @@ class ChatPIC(ModelSettings, BaseChatModel):
         """Tokens of a prompt in which these handles stand, signed or not."""
         signer = self.signer
         known = {signed: handle for signed in shown if (handle := signer.verify(signed))}
-        stored = zip(known.values(), self._stored(list(known.values())), strict=True)
-        memories = {handle: memory for handle, memory in stored if memory is not None}
+        memories, _ = self.get_memory_cache().find(known.values())
         read, _ = signer.unsign(prompt, only=[signed for signed, handle in known.items() if handle in memories])
         return self.get_generator().count_tokens(read, memories)
 
@@ -323,23 +321,14 @@ class ChatPIC(ModelSettings, BaseChatModel):
         wanted = list(dict.fromkeys(handles))
         if not wanted:
             return {}
-        stored = zip(wanted, self._stored(wanted), strict=True)
-        found = {handle: memory for handle, memory in stored if memory is not None}
+        found, damaged = self.get_memory_cache().find(wanted)
+        for error in damaged.values():
+            logger.warning("A damaged memory is made again, if its text is kept: %s", error)
         found |= self._compress_again([handle for handle in wanted if handle not in found])
         for handle in wanted:
             if handle not in found:
                 raise UnknownHandleError(handle, len(found), _REMEDY)
         return found
-
-    def _stored(self, handles: Sequence[str]) -> list[Memory | None]:
-        """The memories that the store holds; a damaged one is none, and a warning."""
-        try:
-            return self.get_memory_cache().get(handles)
-        except pic_rag.MemoryFormatError as error:
-            if len(handles) == 1:
-                logger.warning("A damaged memory is made again, if its text is kept: %s", error)
-                return [None]
-            return [memory for handle in handles for memory in self._stored([handle])]
 
     def _compress_again(self, handles: Sequence[str]) -> builtins.dict[str, Memory]:
         """Memories that the store has lost, of the handles whose source text it still holds."""

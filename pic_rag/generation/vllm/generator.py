@@ -11,9 +11,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from pic_rag.generation.answering import BaseGenerator
 from pic_rag.generation.vllm.offline import OfflineEngine
-from pic_rag.generation.vllm.serve import model_folder, servable, served_names
+from pic_rag.generation.vllm.serve import servable, served_names
 from pic_rag.generation.vllm.server import ServerEngine
-from pic_rag.models.backbone import end_token_ids, resolve_dtype
+from pic_rag.models.backbone import end_token_ids, find_model, resolve_dtype
 from pic_rag.models.checkpoint import Checkpoint
 
 
@@ -63,7 +63,7 @@ class VLLMGenerator(BaseGenerator):
                 read at spread positions.
         """
         checkpoint = servable(checkpoint)
-        folder = model_folder(name_or_path or checkpoint.generator.name)
+        folder = find_model(str(name_or_path or checkpoint.generator.name))
         model, tokenizer = _skeleton(folder, dtype), AutoTokenizer.from_pretrained(folder)
         names = served_names(checkpoint.generator.id)
         engine = ServerEngine(
@@ -99,7 +99,7 @@ class VLLMGenerator(BaseGenerator):
             ValueError: when the memories are read at spread positions.
         """
         checkpoint = servable(checkpoint)
-        folder = model_folder(name_or_path or checkpoint.generator.name)
+        folder = find_model(str(name_or_path or checkpoint.generator.name))
         model, tokenizer = _skeleton(folder, dtype), AutoTokenizer.from_pretrained(folder)
         engine = OfflineEngine(
             folder,

@@ -14,6 +14,7 @@ from pic_rag.assembler import MEMORY_ROW, Assembled
 from pic_rag.generation.completion import Completion, FinishReason
 from pic_rag.generation.sampling import Sampling
 from pic_rag.generation.threads import WaitingThreads
+from pic_rag.generation.vllm.serve import lora_settings
 from pic_rag.generation.vllm.wire import sampling_settings
 
 if TYPE_CHECKING:
@@ -127,9 +128,8 @@ def _load(folder: str, reader: Path | None, settings: dict[str, Any]) -> LLM:
         from vllm import LLM
     except ImportError as error:
         raise ImportError("vLLM must be installed to run in this process, see https://docs.vllm.ai.") from error
-    from pic_rag.generation.vllm.serve import reader_settings
 
-    return LLM(model=folder, enable_prompt_embeds=True, **{**reader_settings(reader), **settings})
+    return LLM(model=folder, enable_prompt_embeds=True, **{**lora_settings(reader), **settings})
 
 
 def _lora_request(reader: Path) -> Any:  # noqa: ANN401 - vLLM's LoRARequest

@@ -7,17 +7,11 @@ from typing import Any
 
 from safetensors import safe_open
 
-from pic_rag.models import embedded
-from pic_rag.models.backbone import EMBEDDED_NAME, plain_id
+from pic_rag.models.backbone import READER_WEIGHTS, find_model, plain_id
 from pic_rag.models.checkpoint import Checkpoint
 from pic_rag.models.pair import load_generator
 
 _LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # those vLLM has kernels for
-
-
-def model_folder(name_or_path: str | Path) -> str:
-    """Folder or hub id of a generator, the embedded default's included; fetched when it is not here yet."""
-    return str(embedded.generator_path()) if str(name_or_path) == EMBEDDED_NAME else str(name_or_path)
 
 
 def servable(checkpoint: Checkpoint | str | Path | None) -> Checkpoint:
@@ -44,7 +38,7 @@ def served_names(model_id: str) -> tuple[str, str]:
     return plain_id(model_id), model_id
 
 
-def reader_settings(reader: Path | None) -> dict[str, Any]:
+def lora_settings(reader: Path | None) -> dict[str, Any]:
     """What vLLM has to be told for a reader: its rank, and the layers it is on.
 
     By default vLLM makes every layer ready for LoRA, the token embeddings too, and those then fail beside
@@ -52,7 +46,7 @@ def reader_settings(reader: Path | None) -> dict[str, Any]:
     """
     if reader is None:
         return {}
-    with safe_open(reader / "adapter_model.safetensors", "pt") as adapter:
+    with safe_open(reader / READER_WEIGHTS, "pt") as adapter:
         matrices = {name: adapter.get_slice(name).get_shape() for name in adapter.keys() if ".lora_A." in name}
     rank = max(shape[0] for shape in matrices.values())
     return {
@@ -82,14 +76,14 @@ def serve_arguments(
     generator, reader = served_names(checkpoint.generator.id)
     load_generator(checkpoint, source, device="cpu", dtype="bfloat16")  # only to compare its weights
     arguments = [
-        *("--model", model_folder(source)),
+        *("--model", find_model(str(source))),
         *("--served-model-name", generator),
         "--enable-prompt-embeds",
         "--enable-prompt-tokens-details",  # for `Generation.cached_tokens`
         "--trust-request-chat-template",  # each request brings the template that writes its parts down as they are
     ]
     if checkpoint.reader is not None:
-        settings = reader_settings(checkpoint.reader)
+        settings = lora_settings(checkpoint.reader)
         arguments += [
             "--enable-lora",
             *("--max-lora-rank", str(settings["max_lora_rank"])),

@@ -191,8 +191,10 @@ class PICLLM(LLM):
 
     def unknown_handles(self, handles: Sequence[str]) -> list[str]:
         """Those of the signed handles that this LLM would not read. `PICCompressor` asks before it shows them."""
-        signer, cache = self.signer, self.get_memory_cache()
-        return [signed for signed in handles if (handle := signer.verify(signed)) is None or handle not in cache]
+        signer = self.signer
+        plain = {signed: signer.verify(signed) for signed in handles}
+        found = self.get_memory_cache().find(handle for handle in plain.values() if handle is not None)
+        return [signed for signed in handles if plain[signed] not in found.memories]
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text, a handle as its memory tokens (-1 each): `set_global_tokenizer(llm.tokenize)`.
