@@ -6,7 +6,7 @@ It receives a `Layout` and returns one vector a slot; it knows neither strings n
 from __future__ import annotations
 
 import copy
-from typing import Any, cast
+from typing import cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from pic_rag.config import PicConfig
 from pic_rag.layout import Layout
-from pic_rag.mask import dense_mask, flex_mask
+from pic_rag.mask import Scope, attention_mask
 
 
 class Converter(nn.Module):
@@ -159,14 +159,8 @@ class PicEncoder(nn.Module):
                 module.merge()
 
     def _mask(self, layout: Layout, dtype: torch.dtype) -> object:
-        scopes: dict[str, Any] = {"text_scope": self.config.text_scope, "memory_scope": self.config.memory_scope}
-        if self.attn_implementation == "flex_attention":
-            return flex_mask(layout.places, **scopes)
-        if self.attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(
-                f"attn_implementation must be sdpa, eager or flex_attention, got {self.attn_implementation!r}."
-            )
-        return dense_mask(layout.places, dtype, **scopes)
+        scope = Scope(self.config.text_scope, self.config.memory_scope)
+        return attention_mask(layout.places, scope, dtype, self.attn_implementation)
 
     def _slot_row(self, embeddings: nn.Module) -> torch.Tensor:
         """The slot embedding at the scale the model's own embedding module gives its rows (Gemma multiplies them)."""

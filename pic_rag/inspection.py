@@ -18,7 +18,7 @@ from pic_rag.chunking import Segment, place_slots, token_segments
 from pic_rag.compression.compressor import Compressor
 from pic_rag.config import PicConfig
 from pic_rag.layout import build_layout
-from pic_rag.mask import Places, allowed_pairs
+from pic_rag.mask import Places, Scope, allowed_pairs
 from pic_rag.reporting import new_figure
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def draw_attention(attention: Attention, *, layers: int = 4, per_layer: bool = F
 
 
 def _allowed(places: Places, config: PicConfig) -> np.ndarray:
-    return allowed_pairs(places, text_scope=config.text_scope, memory_scope=config.memory_scope)[0].numpy()
+    return allowed_pairs(places, Scope(config.text_scope, config.memory_scope))[0].numpy()
 
 
 def _first_segment(

@@ -44,64 +44,81 @@ class Places(NamedTuple):
     is_slot: torch.Tensor
 
 
+class Scope(NamedTuple):
+    """How far back places attend.
+
+    Attributes:
+        text: "segment" or "chunk": the text that text reads.
+        memory: "chunk", "chunk+past" (its chunk, and the slots of earlier ones) or "segment": what a slot reads.
+        window: nothing attends to what lies so many places back or more, as in layers of some generators; None: no end.
+    """
+
+    text: str
+    memory: str
+    window: int | None = None
+
+
 def attends(
-    query: Places,
-    key: Places,
-    query_index: torch.Tensor,
-    key_index: torch.Tensor,
-    *,
-    text_scope: str,
-    memory_scope: str,
-    window: int | None = None,
+    query: Places, key: Places, query_index: torch.Tensor, key_index: torch.Tensor, scope: Scope
 ) -> torch.Tensor:
     """The rule itself, for broadcastable queries and keys; true where the query may attend to the key.
 
-    Text attends to earlier text of its segment (`text_scope="segment"`) or of its chunk (`"chunk"`) and never
-    to a slot. A slot attends to the text of its chunk (all text of the segment with `memory_scope="segment"`)
-    and to itself and the earlier slots of its chunk (of all earlier chunks too, unless `memory_scope="chunk"`).
-    With a `window`, as layers of some generators have one, nothing attends to what lies so many places back or more.
+    Text attends to earlier text of its segment (`text="segment"`) or of its chunk (`"chunk"`) and never to a slot. A
+    slot attends to the text of its chunk (all text of the segment with `memory="segment"`) and to itself and the
+    earlier slots of its chunk (of all earlier chunks too, unless `memory="chunk"`).
     """
     same_chunk = query.chunk == key.chunk
-    text_sees_text = same_chunk | (text_scope == "segment")
-    slot_sees_text = same_chunk | (memory_scope == "segment")
-    slot_sees_slot = same_chunk | (memory_scope != "chunk")
+    text_sees_text = same_chunk | (scope.text == "segment")
+    slot_sees_text = same_chunk | (scope.memory == "segment")
+    slot_sees_slot = same_chunk | (scope.memory != "chunk")
     sees_text = torch.where(query.is_slot, slot_sees_text, text_sees_text)
     sees_slot = query.is_slot & slot_sees_slot
     in_reach = torch.where(key.is_slot, sees_slot, sees_text)
     allowed = (query.segment == key.segment) & (key_index <= query_index) & in_reach
-    return allowed if window is None else allowed & (query_index - key_index < window)
+    return allowed if scope.window is None else allowed & (query_index - key_index < scope.window)
 
 
-def allowed_pairs(places: Places, *, text_scope: str, memory_scope: str, window: int | None = None) -> torch.Tensor:
+def allowed_pairs(places: Places, scope: Scope) -> torch.Tensor:
     """`(rows, places, places)` bool: row `i`, column `j` is true where place `i` may attend to place `j`."""
     index = torch.arange(places.segment.shape[1], device=places.segment.device)
     query = Places(*(field[:, :, None] for field in places))
     key = Places(*(field[:, None, :] for field in places))
-    scopes = {"text_scope": text_scope, "memory_scope": memory_scope}
-    return attends(query, key, index[:, None], index, **scopes, window=window)
+    return attends(query, key, index[:, None], index, scope)
 
 
-def dense_mask(
-    places: Places, dtype: torch.dtype, *, text_scope: str, memory_scope: str, window: int | None = None
-) -> torch.Tensor:
+def attention_mask(
+    places: Places, scope: Scope, dtype: torch.dtype, attn_implementation: str
+) -> torch.Tensor | BlockMask:
+    """The rule as the layers of a model take it.
+
+    Raises:
+        ValueError: when `attn_implementation` is none of sdpa, eager and flex_attention.
+    """
+    if attn_implementation == "flex_attention":
+        return flex_mask(places, scope)
+    if attn_implementation not in ("sdpa", "eager"):
+        raise ValueError(f"attn_implementation must be sdpa, eager or flex_attention, got {attn_implementation!r}.")
+    return dense_mask(places, scope, dtype)
+
+
+def dense_mask(places: Places, scope: Scope, dtype: torch.dtype) -> torch.Tensor:
     """`(rows, 1, places, places)` additive mask in `dtype`: 0 where attention is allowed, the lowest value elsewhere.
 
     It is additive because transformers' `eager` attention adds whatever it is given, booleans included.
     """
-    allowed = allowed_pairs(places, text_scope=text_scope, memory_scope=memory_scope, window=window)
+    allowed = allowed_pairs(places, scope)
     mask = torch.full(allowed.shape, torch.finfo(dtype).min, dtype=dtype, device=allowed.device)
     return mask.masked_fill_(allowed, 0.0)[:, None]
 
 
-def flex_mask(places: Places, *, text_scope: str, memory_scope: str, window: int | None = None) -> BlockMask:
+def flex_mask(places: Places, scope: Scope) -> BlockMask:
     """The same rule as a FlexAttention `BlockMask` over `(rows, 1, places, places)`."""
 
     def at(row: torch.Tensor, index: torch.Tensor) -> Places:
         return Places(*(field[row, index] for field in places))
 
     def rule(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        scopes = {"text_scope": text_scope, "memory_scope": memory_scope}
-        return attends(at(row, query), at(row, key), query, key, **scopes, window=window)
+        return attends(at(row, query), at(row, key), query, key, scope)
 
     rows, count = places.segment.shape
     return create_block_mask(rule, rows, None, count, count, device=str(places.segment.device))

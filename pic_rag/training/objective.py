@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PretrainedConfig, PreTrainedModel
 
 from pic_rag.encoder import PicEncoder
-from pic_rag.mask import dense_mask, flex_mask
+from pic_rag.mask import Scope, attention_mask
 from pic_rag.training.batch import Batch, Rows
 
 TARGETS_AT_ONCE = 8192
@@ -86,10 +86,8 @@ class Objective(nn.Module):
 
     def _mask(self, rows: Rows, dtype: torch.dtype, window: int | None) -> torch.Tensor | BlockMask:
         """Each sequence attends to itself alone, causally, and in some layers no farther back than their window."""
-        scopes = {"text_scope": "segment", "memory_scope": "segment"}
-        if self.generator.config._attn_implementation == "flex_attention":
-            return flex_mask(rows.places, **scopes, window=window)
-        return dense_mask(rows.places, dtype, **scopes, window=window)
+        scope = Scope("segment", "segment", window)
+        return attention_mask(rows.places, scope, dtype, self.generator.config._attn_implementation)
 
     def _read(self, rows: Rows, memories: torch.Tensor | None) -> torch.Tensor:
         """`(targets, hidden)` last hidden states of the generator at the places that predict a target."""
