@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 import time
@@ -23,9 +22,9 @@ from pic_rag.handles import escape_handles
 from pic_rag.memory import Memory
 from pic_rag.models.sharing import shared_checkpoint
 from pic_rag.prompts import rag_messages
-from pic_rag.retrieval.documents import Document, DocumentError, find_documents, load_documents, real_path
-from pic_rag.retrieval.index_folder import damaged, write_file
-from pic_rag.retrieval.passages import origin
+from pic_rag.retrieval.documents import Document, DocumentError
+from pic_rag.retrieval.files import add_files
+from pic_rag.retrieval.index_folder import RetrieverError, write_file
 from pic_rag.retrieval.retriever import Hit, Retriever
 from pic_rag.store import STORE_FILE, MemoryCache, MemoryStore, SQLiteStore, shared_store
 
@@ -170,7 +169,10 @@ class PicRag:
             settings = json.loads(path.read_text(encoding="utf-8"))
             name, named = settings["compressor"], settings.get("named", True)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise damaged(Path(folder), f"an unreadable '{SETTINGS_FILE}' ({error})") from error
+            raise RetrieverError(
+                f"{str(path)!r} must be as PicRag.save wrote it, got unreadable settings ({error}). Add the documents "
+                "to a new PicRag and save that."
+            ) from error
         if not named and "compressor" not in loading:
             raise ValueError(
                 f"compressor must be given for the index {str(folder)!r}, got none: it was made with one that has no "
@@ -243,25 +245,7 @@ class PicRag:
         but is gone or cannot be read any more is forgotten. A file in a folder that does not lead to it, since it is
         hidden or behind a link, stays as it was indexed.
         """
-        paths = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-        loaded = load_documents(paths, progress=progress)
-        self.add(loaded.documents, progress=progress)
-        known = {origin(document) for document in loaded.documents}
-        sources = {document.source for document in loaded.documents}
-        reached = {real_path(item) for item in find_documents(paths) if isinstance(item, Path)}
-        roots = [Path(place) for path in paths if os.fspath(path) for place in (os.path.abspath(path), real_path(path))]
-
-        @functools.cache  # a file has many passages
-        def is_outdated(source: str, path: str | None) -> bool:
-            if path is None or (source, path) in known:
-                return False
-            gone = not os.path.exists(path)
-            if _is_under(path, roots):
-                return gone or real_path(path) in reached
-            return gone and source in sources  # its folder has moved
-
-        self.retriever.remove_where(lambda passage: is_outdated(*origin(passage)))
-        return loaded.problems
+        return add_files(self.retriever, paths, progress)
 
     def ask(
         self,
@@ -415,12 +399,6 @@ class PicRag:
         """The beginning of a text, as many tokens as its memory would have."""
         token_ids = tokenize(text, self.generator.tokenizer)["input_ids"]
         return str(self.generator.tokenizer.decode(token_ids[: -(-len(token_ids) // ratio)]))
-
-
-def _is_under(path: str, roots: Sequence[Path]) -> bool:
-    """Whether a file is in one of these folders, or is one of these files."""
-    places = (Path(path), Path(real_path(Path(path).parent), Path(path).name))
-    return any(place.is_relative_to(root) for place in places for root in roots)
 
 
 class _Watch:

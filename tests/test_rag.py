@@ -315,7 +315,7 @@ def test_an_index_that_somebody_else_has_saved_meanwhile_is_not_written_over(rag
 def test_a_damaged_index_is_named(rag, tmp_path, settings) -> None:
     rag.save(tmp_path / "index")
     (tmp_path / "index" / "pic_rag.json").write_text(settings)
-    with pytest.raises(RetrieverError, match=r"index' must hold .* got an unreadable 'pic_rag.json'"):
+    with pytest.raises(RetrieverError, match=r"pic_rag.json' must be as .* got unreadable settings"):
         PicRag.load(tmp_path / "index")
 
 

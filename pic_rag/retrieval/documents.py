@@ -78,10 +78,12 @@ class LoadedDocuments:
     Attributes:
         documents: in the order of the paths; inside a folder sorted by path.
         problems: one error for each file or folder that gave no document, in the same order.
+        files: all that the paths led to, read or not.
     """
 
     documents: list[Document]
     problems: list[DocumentError]
+    files: list[Path]
 
 
 def load_documents(
@@ -108,8 +110,8 @@ def load_documents(
     if on_error not in ("skip", "raise"):
         raise ValueError(f"on_error must be 'skip' or 'raise', got {on_error!r}.")
     roots = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
-    loaded = LoadedDocuments(documents=[], problems=[])
     found = list(find_documents(roots))
+    loaded = LoadedDocuments([], [], [item for item in found if isinstance(item, Path)])
     for item in progress_bar(progress, found, desc="Loading documents", unit="file"):
         try:
             if isinstance(item, DocumentError):
