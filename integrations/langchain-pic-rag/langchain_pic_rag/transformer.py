@@ -9,7 +9,7 @@ from typing import Any
 from langchain_core.documents import BaseDocumentTransformer, Document
 from pydantic import model_validator
 
-from langchain_pic_rag.compressor import CompressionSettings
+from langchain_pic_rag.settings import CompressionSettings
 
 
 class PICDocumentTransformer(CompressionSettings, BaseDocumentTransformer):
