@@ -8,7 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, FalconH1Config, GPT2Config, GPT2LMHeadModel, Lfm2Config
+from transformers import (
+    AutoModelForCausalLM,
+    FalconH1Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Lfm2Config,
+)
 
 from pic_rag.chunking import fold, place_slots
 from pic_rag.config import PRESETS, PicConfig
@@ -301,3 +308,29 @@ def test_weights_of_another_compressor_are_refused_by_name(tiny_model, change):
         state["slot_embedding"] = torch.zeros(3)
     with pytest.raises(ValueError, match="Checkpoint tensor 'slot_(embedding|offset)' must have the shape .*, got"):
         encoder.load_trained_state(state)
+
+
+def test_a_slot_has_the_scale_that_the_model_gives_its_token_embeddings():
+    config = Gemma3TextConfig(
+        vocab_size=260,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    encoder = PicEncoder(model, _config(), model.get_input_embeddings())
+    seen = []
+    encoder.decoder.register_forward_pre_hook(
+        lambda _, __, named: seen.append(named["inputs_embeds"]), with_kwargs=True
+    )
+    layout = build_layout([_segment(_tokens(0))], positions="spread")
+    with torch.inference_mode():
+        encoder(layout)
+    slots = seen[0][layout.slot_row, layout.slot_place]
+    torch.testing.assert_close(slots, 8 * encoder.slot_embedding.expand_as(slots))

@@ -22,7 +22,7 @@ from pic_rag.rag import PicRag
 from pic_rag.retrieval.documents import Document
 from pic_rag.retrieval.index_folder import RetrieverError
 from pic_rag.retrieval.retriever import Retriever
-from pic_rag.store import SQLiteStore
+from pic_rag.store import STORE_FILE, SQLiteStore
 
 DEMO = Path(__file__).parents[1] / "pic_rag" / "demo"
 TEXTS = {
@@ -461,3 +461,26 @@ def test_the_embedded_models_find_and_read_the_demo_corpus(tmp_path) -> None:
     assert all(document.cached for document in second.documents)
     assert second.latency_ms["compress"] < first.latency_ms["compress"] / 2
     assert first.prompt_tokens < first.text_prompt_tokens / 2
+
+
+def test_a_namespace_keeps_memories_apart_in_a_store_and_in_an_index(folder, tmp_path) -> None:
+    def tenants(store: SQLiteStore) -> set[str]:
+        return {key.partition("/")[0] for key in store.yield_keys()}
+
+    rag = build(folder, tmp_path / "memories.sqlite")
+    rag.ask(QUESTION, top_k=1, max_new_tokens=2)
+    parts = (rag.retriever, rag.compressor, rag.generator)
+    store = SQLiteStore(tmp_path / "memories.sqlite")
+    mine = PicRag(*parts, store=store, namespace="mine")
+    assert [mine.ask(QUESTION, top_k=1, max_new_tokens=2).documents[0].cached for _ in range(2)] == [False, True]
+    assert tenants(store) == {"default", "mine"}
+
+    index = tmp_path / "index"
+    saved = PicRag(*parts, namespace="mine")
+    saved.save(index)
+    saved.ask(QUESTION, top_k=1, max_new_tokens=2)
+    loading = {"embedder": str(folder / "embedder"), **LOADING}
+    loaded = PicRag.load(index, namespace="mine", **loading)
+    assert loaded.ask(QUESTION, top_k=1, max_new_tokens=2).documents[0].cached
+    assert tenants(SQLiteStore(index / STORE_FILE)) == {"mine"}
+    assert not PicRag.load(index, **loading).ask(QUESTION, top_k=1, max_new_tokens=2).documents[0].cached

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_model
@@ -14,7 +15,7 @@ from pic_rag.compression.compressor import Compressor
 from pic_rag.compression.fidelity import FidelityCheck
 from pic_rag.config import PicConfig
 from pic_rag.evaluation.fidelity import FidelityReport, evaluate_fidelity
-from pic_rag.evaluation.metrics import auroc
+from pic_rag.evaluation.metrics import auroc, contains_answer
 from pic_rag.evaluation.report import report_table
 from pic_rag.generation.generator import Generator
 from pic_rag.memory import Memory
@@ -456,3 +457,57 @@ def test_the_report_is_saved_and_shown(report, tmp_path) -> None:
     table = report_table(report.to_dict())
     assert len(table.splitlines()) == 2 + len(report.rows)
     assert "| mixed |   0.4 |" in table
+
+
+def test_auroc_goes_by_the_least_faithful_document_of_the_questions_that_raw_text_gets_right(repeating) -> None:
+    compressor, generator = repeating
+    pairs = list(zip(REPEATED, REPEATED[2:] + REPEATED[:2], strict=True))
+
+    def said(made: list[Memory]) -> list[str]:
+        shown = dict(zip(REPEATED, made, strict=True))
+        prompts = [
+            rag_messages(f"What is {number}?", [shown[text].handle for text in pair])
+            for number, pair in enumerate(pairs)
+        ]
+        return [answer.text.strip() for answer in generator.generate(prompts, made, max_new_tokens=4)]
+
+    memories = compressor.compress(REPEATED, 8, min_fidelity=0, generator=generator)
+    from_memory, from_text = said(memories), said(compressor.compress(REPEATED, min_fidelity=1, generator=generator))
+    answers = [  # right from both, right from raw text alone, right from the memory alone, and once more
+        [(from_text[n], from_memory[n]), (from_text[n],), (from_memory[n],)][n % 3] for n in range(len(pairs))
+    ]
+    questions = [
+        Question(str(n), f"What is {n}?", answers[n], tuple(Context("", text, True) for text in pairs[n]))
+        for n in range(len(pairs))
+    ]
+    found = evaluate_fidelity(questions, (8,), (), compressor=compressor, generator=generator, max_new_tokens=4)
+    measured = FidelityCheck(generator, compressor.config.segment_tokens).measure(REPEATED, memories)
+    known = dict(zip(REPEATED, measured, strict=True))
+    counted = [n for n in range(len(pairs)) if contains_answer(from_text[n], answers[n])]
+    assert counted == [0, 1, 3, 4]
+    right = [contains_answer(from_memory[n], answers[n]) == 1 for n in counted]
+    for name, sign in {"loss": -1, "telling_loss": -1, "recall": 1, "telling_recall": 1}.items():
+        least = [min(sign * getattr(known[text], name) for text in pairs[n]) for n in counted]
+        assert found.auroc_of_parts[name] == auroc(least, right), name
+    most = [max(known[text].score for text in pairs[n]) for n in counted]
+    assert found.auroc == found.rows[0].auroc == auroc(least, right) != auroc(most, right)
+
+
+def test_a_floor_is_compared_with_single_ratios_on_straight_lines_between_them(repeating) -> None:
+    compressor, generator = repeating
+
+    def said(memories: list[Memory]) -> list[str]:
+        prompts = [rag_messages(f"What is number {n}?", [memory.handle]) for n, memory in enumerate(memories)]
+        return [answer.text.strip() for answer in generator.generate(prompts, memories, max_new_tokens=4)]
+
+    memories = compressor.compress(REPEATED, 8, min_fidelity=0, generator=generator)
+    from_memory = said(memories)
+    questions = [_question(n, text, from_memory[n]) for n, text in enumerate(REPEATED)]
+    floor = sorted(memory.fidelity for memory in memories)[3]
+    found = evaluate_fidelity(questions, (8,), (floor,), compressor=compressor, generator=generator, max_new_tokens=4)
+    *singles, mixed = found.rows
+    tokens, scores = ([getattr(row, name) for row in singles] for name in ("prompt_tokens_mean", "f1"))
+    assert tokens[0] < mixed.prompt_tokens_mean < tokens[-1]
+    assert len(mixed.ratios) > 1
+    assert mixed.single_f1 == pytest.approx(np.interp(mixed.prompt_tokens_mean, tokens, scores))
+    assert min(scores) < mixed.single_f1 < max(scores) == 1.0

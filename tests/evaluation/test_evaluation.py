@@ -6,6 +6,7 @@ import gzip
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from pic_rag.evaluation.tasks import problem_messages, with_examples
 from pic_rag.handles import find_handles
 from pic_rag.models.backbone import ModelRef, generator_id, load_backbone
 from pic_rag.models.checkpoint import Checkpoint
-from pic_rag.prompts import rag_messages
+from pic_rag.prompts import filled_messages, rag_messages
 from pic_rag.questions import Question, Row, document_text, pick, read_questions
 from pic_rag.training.corpora import read_records
 
@@ -585,3 +586,38 @@ def test_llmlingua_is_refused_before_anything_is_answered_where_it_is_not_to_be_
     with pytest.raises(LinguaError, match="llmlingua2 must be the folder or hub id of a token classifier, got None"):
         run(compressor, ["text", "llmlingua2"], predictions=tmp_path / "said.jsonl")
     assert not (tmp_path / "said.jsonl").exists()
+
+
+def test_braces_in_documents_and_questions_are_text() -> None:
+    [message] = filled_messages("{context} {question}", "What is {context}?", ["Write {question} there."])
+    assert message["content"] == "Write {question} there. What is {context}?"
+
+
+def test_a_context_that_stands_alone_is_gold_and_of_several_none_is_unless_the_file_says_so(tmp_path: Path) -> None:
+    unflagged, others = ({name: value for name, value in each.items() if name != "is_gold"} for each in (BEES, TRAMS))
+    chosen = ([unflagged], [unflagged, others], [{**BEES, "is_gold": False}])
+    lines = [{**LINES[0], "contexts": contexts} for contexts in chosen]
+    alone, several, denied = read_questions(write_lines(tmp_path / "q.jsonl", lines))
+    assert [context.is_gold for context in alone.contexts] == [True]
+    assert [context.is_gold for context in several.contexts] == [False, False]
+    assert [context.is_gold for context in denied.contexts] == [False]
+    gold = read_questions(write_lines(tmp_path / "one.jsonl", lines[:1]), gold_only=True)
+    assert [asked.id for asked in gold] == ["q1"]
+
+
+def test_agreement_about_a_problem_is_of_the_numbers_found(compressor: Compressor, tmp_path: Path) -> None:
+    rows = run(compressor, ["none", "text"], task="gsm8k", max_new_tokens=8, predictions=tmp_path / "said.jsonl").rows
+    none, text = ([line["prediction"] for line in read_lines(tmp_path / "said.jsonl")][n : n + 3] for n in (0, 3))
+    assert rows[0].agreement == sum(map(agreement, none, text)) / 3
+
+
+def test_pool_shows_means_beside_a_compressor_that_adds_none(base: Path, embedder: SentenceTransformer) -> None:
+    config = PicConfig(encoder_layers=2, lora_rank=2, residual_pool=False)
+    bare, pooling = (
+        Systems(Compressor.from_base(base, config=own, dtype="float32"), embedder=embedder, dtype="float32")
+        for own in (config, replace(config, residual_pool=True))
+    )
+    for one, other in zip(bare.show("pool", ask(), 4), pooling.show("pool", ask(), 4), strict=True):
+        for memory, expected in zip(one.memories, other.memories, strict=True):
+            assert memory.embeddings.abs().sum() > 0
+            torch.testing.assert_close(memory.embeddings, expected.embeddings)

@@ -362,3 +362,13 @@ def test_a_reader_reads_a_kept_prefix_as_it_reads_everything(
     answers: list[list[Generation]] = [one.generate(prompts, memories, max_new_tokens=8) for one in (keeping,) * 2]
     assert sum(answer.cached_tokens for answer in answers[1]) > 0
     assert answers[0] == answers[1] == forgetting.generate(prompts, memories, max_new_tokens=8)
+
+
+def test_blocks_of_equal_rows_at_other_positions_are_others(
+    tiny_model: PreTrainedModel, tiny_tokenizer: PreTrainedTokenizerFast
+) -> None:
+    spread = Generator(tiny_model, tiny_tokenizer, name="tiny", generator_positions="spread")
+    whole = dataclasses.replace(make_memory(spread, "Paris is the capital."), generator=spread.model_id)
+    shorter = dataclasses.replace(whole, text_tokens=whole.text_tokens - 3)
+    names = [[block.name for block in cut_blocks(assemble(spread, f"a{m.handle}", [m]))] for m in (whole, shorter)]
+    assert names[0] != names[1]

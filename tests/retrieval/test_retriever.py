@@ -459,3 +459,13 @@ def test_threads_that_add_and_save_into_one_folder_are_not_somebody_else(retriev
         list(threads.map(add, range(20)))
     assert {passage.source for passage in retriever.passages} >= {f"{number}.md" for number in range(20)}
     assert Retriever.load(tmp_path, retriever._model).passages == retriever.passages
+
+
+def test_what_was_removed_or_replaced_can_be_added_again(retriever: Retriever, documents: list[Document]) -> None:
+    retriever.remove(["frogs.md"])
+    assert retriever.add(documents) == 1
+    retriever.add([Document.from_text("Another tram.", source="trams.md")])
+    assert retriever.add(documents) == 1
+    for source, text in TEXTS.items():
+        assert retriever.search(text, top_k=1)[0].passage.source == source
+    assert sorted(passage.source for passage in retriever.passages) == sorted(TEXTS)

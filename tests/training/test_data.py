@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from training_runs import TEXT, make_config, make_factory, memory_places, metrics_of, write_rows
 
+from pic_rag.questions import Context, Question
 from pic_rag.questions import read_questions as read_eval_questions
 from pic_rag.training.batch import StepDataset, build_batches
 from pic_rag.training.chat import DOCUMENTS_FIRST, MEMORY, PROMPT_SHAPES, Chat, shape_weights
@@ -507,3 +508,41 @@ def test_a_lone_surrogate_is_named(tmp_path, source, name):
     read = read_texts if name == "text" else read_records
     with pytest.raises(ValueError, match=rf"rows\.jsonl, line 1: {name} must be valid Unicode"):
         list(read(source.format(tmp_path / "rows.jsonl")))
+
+
+def test_ratios_and_files_of_questions_are_drawn_by_their_weights(tmp_path, tiny_tokenizer):
+    corpora, tables = Corpora(tmp_path / "cache", tiny_tokenizer, []), {}
+    for name, weight in {"often": 9.0, "seldom": 1.0}.items():
+        row = {"question": f"Asked {name}?", "answers": ["Anna"], "contexts": [{"text": "Anna ground rye here."}]}
+        write_rows(tmp_path / f"{name}.jsonl", [row])
+        tables[corpora.questions(str(tmp_path / f"{name}.jsonl"))] = weight
+    stages = [{"steps": 300, "tasks": {"questions": 1}, "ratios": {4: 3, 16: 1}}]
+    config = make_config(tmp_path, tmp_path, stages=stages, examples_per_step=1)
+    dataset = StepDataset(config, ExampleFactory(config, tiny_tokenizer, None, tables))
+    batches = [dataset[step] for step in range(300)]
+    slots = [len(batch.layout.slot_row) for batch in batches]  # of 21 tokens
+    often = ["Asked often?" in tiny_tokenizer.decode(batch.reads.ids.flatten()) for batch in batches]
+    assert set(slots) == {6, 2}
+    assert slots.count(6) / 300 == pytest.approx(0.75, abs=0.08)
+    assert sum(often) / 300 == pytest.approx(0.9, abs=0.06)
+
+
+def test_a_question_is_posed_as_evaluation_asks_it_and_its_first_answer_is_wanted(tmp_path, tiny_tokenizer):
+    rows = [{"question": "Who?", "answers": ["Anna"], "contexts": [{"text": "Anna ground rye here."}]}]
+    factory = make_factory(tmp_path, tiny_tokenizer, rows)
+    handle = f"[[pic:{'0' * 32}]]"  # the one that stands for the first document while the prompt is written
+    contexts = (Context("Mill", "It was built in 1900.", True),)
+    posed = factory.pose(Question("q", f"When {handle}?", ("1900", "in 1900"), contexts), 4)
+    for dialogue in (posed.reads, posed.teacher):
+        assert tiny_tokenizer.decode(dialogue.ids[dialogue.is_target]) == "1900<|im_end|>"
+    assert len(posed.strides) == (posed.reads.ids < 0).sum() == 7  # of 26 tokens
+    read = tiny_tokenizer.decode(posed.teacher.ids)
+    assert "[1] Mill\nIt was built in 1900.\n\nQuestion: When [[pic::000" in read
+
+
+def test_devices_draw_other_examples_of_the_same_task(data, tmp_path):
+    trainer = Trainer(make_config(data, tmp_path, steps=12), Accelerator())
+    first, second = (StepDataset(trainer.config, trainer.factory, rank) for rank in (0, 1))
+    for step in range(12):
+        assert first[step].task == second[step].task
+        assert first[step].reads.target_ids.tolist() != second[step].reads.target_ids.tolist()

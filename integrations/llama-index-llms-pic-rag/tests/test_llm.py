@@ -404,3 +404,17 @@ def test_no_message_is_an_error_that_says_so(llm):
 def test_a_path_is_no_store():
     with pytest.raises(RuntimeError, match=r"store must be .*, got 'x.sqlite'. For a file pass pic_rag.SQLiteStore"):
         PICLLM(store="x.sqlite").complete("Who?")
+
+
+def test_a_namespace_reads_its_own_handles_and_its_own_memories(llm, memory, handle, tiny_compressor, store):
+    mine = PICLLM(compressor=tiny_compressor, generator=llm.generator, store=store, namespace="mine", max_new_tokens=8)
+    own = HandleSigner(store, "mine").sign(memory.handle)
+    assert mine.unknown_handles([handle, own]) == [handle, own]  # another's handle, and a memory that only another has
+    for read_by, refused in ((mine, handle), (mine, own), (llm, own)):
+        with pytest.raises(UnknownHandleError):
+            read_by.complete(refused)
+    MemoryCache(store, tiny_compressor.fingerprint, namespace="mine").put([memory])
+    MemoryCache(store, tiny_compressor.fingerprint).delete([memory.handle])
+    assert mine.complete(own).raw["usage"]["memory_tokens"] == memory.memory_tokens
+    assert len(mine.tokenize(own)) == memory.memory_tokens
+    assert mine.unknown_handles([own]) == []

@@ -34,7 +34,7 @@ from langchain_pic_rag import (
 )
 from langchain_text_splitters import CharacterTextSplitter
 
-from pic_rag import UnknownHandleError, find_handles
+from pic_rag import Compressor, UnknownHandleError, find_handles
 
 
 def test_ids_order_and_metadata_survive_and_the_content_is_one_handle(compressor, documents):
@@ -489,3 +489,20 @@ def test_restore_keeps_texts_and_documents_and_refuses_what_is_no_prompt(compres
     for wrong in (3, [3], [compressed[0], HumanMessage("Who?")]):
         with pytest.raises(TypeError, match="input must be a prompt, messages, text or documents, got"):
             restore.invoke(wrong)
+
+
+def test_a_namespace_reads_its_own_memories_and_writes_none_elsewhere(compressor, chat, documents, store, monkeypatch):
+    own = compressor.model_copy(update={"namespace": "mine"})
+    [shown, *_] = own.compress_documents(documents, "q")
+    kept = list(store.yield_keys())
+    assert all(key.startswith("mine/") for key in kept)
+    monkeypatch.setattr(Compressor, "compress", None)  # whose memory is there needs nothing made again
+    reply = chat.model_copy(update={"namespace": "mine"}).invoke(f"{shown.page_content}\nWho built it?")
+    assert reply.response_metadata["memory_tokens"] == shown.metadata["pic_memory_tokens"]
+    assert list(store.yield_keys()) == kept
+
+
+async def test_a_query_that_holds_a_handle_is_refused_in_coroutines_too(compressor, documents):
+    [shown, *_] = compressor.compress_documents(documents, "q")
+    with pytest.raises(ValueError, match="query must not hold a handle"):
+        await compressor.acompress_documents(documents, f"What is {shown.page_content}?")

@@ -314,3 +314,14 @@ def test_documents_in_the_system_message_are_read_or_restored(chat, compressor, 
     model = Recording(responses=[AIMessage("done")])
     run(agents.create_agent(model, [], middleware=middleware), "Who?", way)
     assert model.seen[-1][0].text == "\n\n".join(document.page_content for document in documents)
+
+
+def test_a_tool_may_repeat_a_handle_that_it_was_called_with(calling, compressor, documents):
+    from langchain_pic_rag import PICMiddleware
+
+    handle = compressor.compress_documents(documents, "q")[0].page_content
+    call = AIMessage("", tool_calls=[{"name": "search", "args": {"query": handle}, "id": "1"}])
+    answer = ToolMessage(f"Nothing is known of {handle}.", tool_call_id="1", name="search")
+    agent = agents.create_agent(calling, [search], middleware=[PICMiddleware(compressor)])
+    messages = agent.invoke({"messages": [HumanMessage("?"), call, answer]})["messages"]
+    assert messages[-1].usage_metadata["input_token_details"]["memory"] == 0
