@@ -13,7 +13,9 @@ from langchain_pic_rag import ChatPIC, PICRetriever
 
 from pic_rag import UnknownHandleError, find_handles
 
-agents = pytest.importorskip("langchain.agents", reason="PICMiddleware needs the extra 'agents'")
+agents = pytest.importorskip(
+    "langchain.agents", reason="PICMiddleware needs the extra 'agents'", exc_type=ModuleNotFoundError
+)
 
 REPORT = "The harbour master counted ships. " * 30
 
