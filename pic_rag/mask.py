@@ -89,7 +89,7 @@ def allowed_pairs(places: Places, scope: Scope) -> torch.Tensor:
 def attention_mask(
     places: Places, scope: Scope, dtype: torch.dtype, attn_implementation: str
 ) -> torch.Tensor | BlockMask:
-    """The rule as the layers of a model take it.
+    """The rule as the layers of a model take it: `dense_mask` in `dtype`, or `flex_mask` for flex_attention.
 
     Raises:
         ValueError: when `attn_implementation` is none of sdpa, eager and flex_attention.
@@ -97,7 +97,10 @@ def attention_mask(
     if attn_implementation == "flex_attention":
         return flex_mask(places, scope)
     if attn_implementation not in ("sdpa", "eager"):
-        raise ValueError(f"attn_implementation must be sdpa, eager or flex_attention, got {attn_implementation!r}.")
+        raise ValueError(
+            f"attn_implementation must be sdpa, eager or flex_attention, got {attn_implementation!r}. Load the model "
+            "with one of them: no other back-end takes the PIC mask."
+        )
     return dense_mask(places, scope, dtype)
 
 
